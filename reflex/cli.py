@@ -1,0 +1,424 @@
+"""The three commands: ``reflex`` (files and keys), ``reflex-inbound`` and ``reflex-outbound`` (the daemons).
+
+Exit codes: 0 done, 1 ``reflex check`` found errors, 2 wrong usage or a command that could not do its work.
+What a command needs for its work alone is imported by it, so that the others start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import secrets
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from reflex import __version__
+from reflex.config import (
+    HostPort,
+    InboundSettings,
+    OutboundSettings,
+    load_inbound,
+    load_outbound,
+    load_settings,
+    parse_user_name,
+)
+from reflex.config_reader import KEY_BYTES
+from reflex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from reflex.daemon import Daemon
+
+Settings = TypeVar("Settings", InboundSettings, OutboundSettings)
+
+EXIT_OK: Final = 0
+EXIT_BAD_FILE: Final = 1
+EXIT_USAGE: Final = 2
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+SECRET_FILE_MODE: Final = 0o600
+SECRET_FOLDER_MODE: Final = 0o700
+DEFAULT_USER_NAME: Final = "user"
+SOCKS_ADDRESS: Final = "127.0.0.1:1080"  # where a client's SOCKS5 proxy is looked for by habit
+
+REFLEX_EXAMPLES: Final = """\
+examples:
+  reflex init --server vpn.example.org:8443 --dir conf     both settings files, with fresh keys
+  reflex keygen user --name bob                            another user
+  reflex check -c conf/inbound.toml                        every error that a file holds
+"""
+INIT_EXAMPLES: Final = """\
+examples:
+  reflex init --server vpn.example.org:8443 --dir conf
+  reflex init --server [2001:db8::1]:8443 --dir conf --user alice --force
+"""
+KEYGEN_EXAMPLES: Final = """\
+examples:
+  reflex keygen server               private_key for inbound.toml, public_key for outbound.toml
+  reflex keygen user --name bob      name, id and key for inbound.toml's [[users]];
+                                     outbound.toml has id and key as user_id and user_key
+"""
+CHECK_EXAMPLES: Final = """\
+examples:
+  reflex check -c conf/inbound.toml
+  reflex check -c conf/outbound.toml
+"""
+INBOUND_EXAMPLES: Final = """\
+examples:
+  reflex-inbound -c conf/inbound.toml
+  reflex-inbound -c /etc/reflex/inbound.toml --log-level warning
+
+SIGINT or SIGTERM ends it once running streams have ended (limits.drain_s), a second one at once;
+SIGUSR1 logs statistics.
+"""
+OUTBOUND_EXAMPLES: Final = """\
+examples:
+  reflex-outbound -c conf/outbound.toml
+  curl -x socks5h://127.0.0.1:1080 https://example.org/
+
+SIGINT or SIGTERM ends it once running streams have ended (limits.drain_s), a second one at once;
+SIGUSR1 logs statistics.
+"""
+
+INBOUND_TEMPLATE: Final = """\
+# Reflex, the server's half:  reflex-inbound -c inbound.toml
+# Holds secrets: keep it readable by its owner alone.
+
+listen = ["{listen}"]
+private_key = "{private_key}"
+
+# A web server for what is not Reflex:
+# fallback = "127.0.0.1:8080"
+
+# One [[users]] for each user; `reflex keygen user` makes them.
+[[users]]
+name = {user_name}
+id = "{user_id}"
+key = "{user_key}"
+
+# Public addresses may be dialled, others only if they are allowed here.
+[targets]
+# allow = ["127.0.0.1:8080", "10.1.0.0/16:443", "*.internal.example:*"]
+# deny = ["*:25"]
+
+# What follows are the defaults.
+[limits]
+# max_connections = 5000
+# max_streams = 1000           # per tunnel
+# handshake_timeout_s = 10
+# dial_timeout_s = 10
+# idle_timeout_s = 300         # a stream without bytes in either direction
+# drain_s = 30
+
+[tcp]
+# nodelay = true
+# keepalive_s = 600            # 0: off
+"""
+OUTBOUND_TEMPLATE: Final = """\
+# Reflex, the client's half:  reflex-outbound -c outbound.toml
+# Holds secrets: keep it readable by its owner alone.
+
+[[listen]]
+protocol = "socks5"            # or "forward", with target = "host:port"
+address = "{socks_address}"
+# username = "u"               # both or none
+# password = "p"
+
+[[servers]]
+address = "{server}"
+public_key = "{public_key}"
+user_id = "{user_id}"
+user_key = "{user_key}"
+cipher = "auto"                # or "aes-256-gcm", "chacha20-poly1305"
+
+# What follows are the defaults.
+[pool]
+# max_idle = 8                 # idle tunnels kept per server
+# idle_timeout_s = 60
+# max_streams = 256            # streams on one tunnel before another is dialled
+# max_tunnels = 8
+
+[limits]
+# max_connections = 5000
+# connect_timeout_s = 10
+# handshake_timeout_s = 10
+# idle_timeout_s = 300
+# drain_s = 30
+
+[tcp]
+# nodelay = true
+# keepalive_s = 600            # 0: off
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The ``reflex`` command; returns the exit code. argparse itself exits with 2 on wrong usage."""
+    parser = _parser("reflex", "Makes and checks settings and keys for reflex-inbound and reflex-outbound.")
+    parser.epilog = REFLEX_EXAMPLES
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    init = _command(commands, "init", "write inbound.toml and outbound.toml with fresh keys", INIT_EXAMPLES)
+    init.add_argument(
+        "--server", metavar="HOST:PORT", type=_server_argument, required=True, help="where clients connect"
+    )
+    init.add_argument("--dir", metavar="DIR", type=Path, required=True, help="where the files go; created if needed")
+    init.add_argument("--user", metavar="NAME", type=_name_argument, default=DEFAULT_USER_NAME, help="the first user")
+    init.add_argument("--force", action="store_true", help="overwrite existing files")
+    init.set_defaults(run=_init)
+
+    keygen = _command(commands, "keygen", "print fresh keys", KEYGEN_EXAMPLES)
+    kinds = keygen.add_subparsers(title="kinds", metavar="KIND", required=True)
+    server = _command(kinds, "server", "a server's key pair", KEYGEN_EXAMPLES)
+    server.set_defaults(run=_keygen_server)
+    user = _command(kinds, "user", "a user's id and key", KEYGEN_EXAMPLES)
+    user.add_argument("--name", metavar="NAME", type=_name_argument, default=DEFAULT_USER_NAME, help="the user's name")
+    user.set_defaults(run=_keygen_user)
+
+    check = _command(commands, "check", "read a settings file and print every error in it", CHECK_EXAMPLES)
+    check.add_argument("-c", "--config", metavar="FILE", required=True, help="inbound.toml or outbound.toml")
+    check.set_defaults(run=_check)
+
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+def inbound_main(argv: Sequence[str] | None = None) -> int:
+    """The ``reflex-inbound`` command; returns the exit code."""
+
+    def make(settings: InboundSettings) -> Daemon:
+        from reflex.inbound import Inbound  # noqa: PLC0415 - keeps --help and `reflex` fast
+
+        return Inbound(settings)
+
+    parser = _parser("reflex-inbound", "The server's half: takes tunnels and dials their targets.")
+    parser.epilog = INBOUND_EXAMPLES
+    return _run(parser, argv, load_inbound, make, name="reflex.inbound")
+
+
+def outbound_main(argv: Sequence[str] | None = None) -> int:
+    """The ``reflex-outbound`` command; returns the exit code."""
+
+    def make(settings: OutboundSettings) -> Daemon:
+        from reflex.outbound import Outbound  # noqa: PLC0415 - keeps --help and `reflex` fast
+
+        return Outbound(settings)
+
+    parser = _parser("reflex-outbound", "The client's half: takes SOCKS5 and forwards, and sends them through tunnels.")
+    parser.epilog = OUTBOUND_EXAMPLES
+    return _run(parser, argv, load_outbound, make, name="reflex.outbound")
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    load: Callable[[str], Settings],
+    make: Callable[[Settings], Daemon],
+    *,
+    name: str,
+) -> int:
+    """Reads the settings and runs the daemon made of them."""
+    parser.add_argument("-c", "--config", metavar="FILE", required=True, help="the settings, a TOML file")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="default: info")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = load(arguments.config)
+    except ConfigError as error:
+        _print_problems(error)
+        return EXIT_USAGE
+    _print_warnings(settings.warnings)
+
+    from reflex.daemon import run_daemon  # noqa: PLC0415 - uvloop takes its time, and an error needs none of it
+
+    return run_daemon(lambda: make(settings), name=name, log_level=arguments.log_level)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    server: HostPort = arguments.server
+    folder: Path = arguments.dir
+    files = _settings_files(server, arguments.user)
+    try:
+        existing = [path for path in (folder / name for name in files) if os.path.lexists(path)]
+        if existing and not arguments.force:
+            names = " and ".join(str(path) for path in existing)
+            return _fail(f"reflex init: already there: {names}; nothing written, --force overwrites")
+        _create_folder(folder)
+        _write_files(folder, files)
+    except OSError as error:
+        return _fail(f"reflex init: {error.filename or folder}: {error.strerror}")
+    inbound, outbound = (folder / name for name in files)
+    print(f"""\
+Wrote {inbound} and {outbound}. Both hold secrets.
+
+On the server ({server}), copy {inbound} there and start:
+    reflex-inbound -c {inbound}
+On the client, copy {outbound} there and start:
+    reflex-outbound -c {outbound}
+Then, on the client:
+    curl -x socks5h://{SOCKS_ADDRESS} https://example.org/""")
+    return EXIT_OK
+
+
+def _settings_files(server: HostPort, user_name: str) -> dict[str, str]:
+    """The text of both settings files by file name, the server's first, with keys that stand nowhere else."""
+    private_key, public_key = _server_keys()
+    user_id, user_key = _user_keys()
+    any_address = "::" if ":" in server.host else "0.0.0.0"  # noqa: S104 - a server is there for everybody
+    inbound = INBOUND_TEMPLATE.format(
+        listen=HostPort(any_address, server.port),
+        private_key=private_key,
+        user_name=_toml_text(user_name),
+        user_id=user_id,
+        user_key=user_key,
+    )
+    outbound = OUTBOUND_TEMPLATE.format(
+        socks_address=SOCKS_ADDRESS, server=server, public_key=public_key, user_id=user_id, user_key=user_key
+    )
+    return {"inbound.toml": inbound, "outbound.toml": outbound}
+
+
+def _create_folder(folder: Path) -> None:
+    """Creates the folder and those above it that are missing, for their owner alone."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        if folder == folder.parent:
+            break
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(mode=SECRET_FOLDER_MODE)
+
+
+def _write_files(folder: Path, files: dict[str, str]) -> None:
+    """Writes all files next to their places, then moves each there: a full disk leaves the old ones as they were."""
+    written: list[Path] = []
+    try:
+        for name, text in files.items():
+            temporary = folder / f".{name}.{secrets.token_hex(8)}"
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_FILE_MODE)
+            written.append(temporary)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, temporary in zip(files, written, strict=True):
+            temporary.replace(folder / name)
+    finally:
+        for temporary in written:
+            with contextlib.suppress(FileNotFoundError):  # moved, as it should be
+                temporary.unlink()
+
+
+def _keygen_server(_arguments: argparse.Namespace) -> int:
+    private_key, public_key = _server_keys()
+    print(f'private_key = "{private_key}"')
+    print(f'public_key = "{public_key}"')
+    return EXIT_OK
+
+
+def _keygen_user(arguments: argparse.Namespace) -> int:
+    user_id, user_key = _user_keys()
+    print(f"name = {_toml_text(arguments.name)}")
+    print(f'id = "{user_id}"')
+    print(f'key = "{user_key}"')
+    return EXIT_OK
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    try:
+        settings = load_settings(arguments.config)
+    except ConfigError as error:
+        _print_problems(error)
+        return EXIT_BAD_FILE
+    _print_warnings(settings.warnings)
+    print(f"{arguments.config}: good: {_summary(settings)}")
+    return EXIT_OK
+
+
+def _summary(settings: InboundSettings | OutboundSettings) -> str:
+    """What a daemon would do with the settings, on one line."""
+    if isinstance(settings, InboundSettings):
+        listen = ", ".join(str(address) for address in settings.listen)
+        users = f"{len(settings.users)} user" + ("s" if len(settings.users) > 1 else "")
+        fallback = f"what is not Reflex goes to {settings.fallback}" if settings.fallback else "no fallback"
+        return f"reflex-inbound would listen on {listen} for {users}; {fallback}"
+    listens = ", ".join(
+        f"{item.address} ({item.protocol}{f' to {item.target}' if item.target else ''})" for item in settings.listen
+    )
+    servers = ", ".join(str(server.address) for server in settings.servers)
+    return f"reflex-outbound would listen on {listens}; tunnels to {servers}"
+
+
+def _server_keys() -> tuple[str, str]:
+    """A fresh X25519 key pair, private and public, each in base64."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey  # noqa: PLC0415 - slow to import
+
+    private_key = X25519PrivateKey.generate()
+    return _base64(private_key.private_bytes_raw()), _base64(private_key.public_key().public_bytes_raw())
+
+
+def _user_keys() -> tuple[uuid.UUID, str]:
+    """A fresh user's id, and key in base64."""
+    return uuid.uuid4(), _base64(secrets.token_bytes(KEY_BYTES))
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _toml_text(text: str) -> str:
+    """A printable text as TOML writes it; for such a text JSON's rules are the same."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _server_argument(text: str) -> HostPort:
+    try:
+        return HostPort.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected HOST:PORT, such as vpn.example.org:8443") from None
+
+
+def _name_argument(text: str) -> str:
+    try:
+        return parse_user_name(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected 1 to 64 printable characters") from None
+
+
+def _print_problems(error: ConfigError) -> None:
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _fail(text: str) -> int:
+    print(text, file=sys.stderr)
+    return EXIT_USAGE

@@ -1,0 +1,141 @@
+"""Runs a daemon as a process: log, event loop, signals, exit code.
+
+The story of :func:`run_daemon`: the log goes to stderr, the limit of open files up to what the system grants,
+the loop is uvloop's where it is installed. The signals are taken before the daemon starts, so that none ends in
+a traceback. Then: start, say where it listens, wait for SIGINT or SIGTERM, drain, exit with 0. A second one
+ends the process at once, even while a thread of the resolver hangs. SIGUSR1 asks for a report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn, Protocol
+
+from reflex.errors import StartError
+
+try:
+    from uvloop import new_event_loop as _uvloop_factory
+except ImportError:  # not on this platform; asyncio's own loop is slower, and as good otherwise
+    _new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+else:
+    _new_event_loop = _uvloop_factory
+
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+EXIT_STOPPED: Final = 0
+EXIT_NOT_STARTED: Final = 2
+EXIT_SIGNAL_BASE: Final = 128  # a shell's way to tell the signal that ended a process
+
+
+class Daemon(Protocol):
+    """What :func:`run_daemon` runs. All calls come from the event loop's thread."""
+
+    async def start(self) -> Sequence[str]:
+        """Binds and serves; returns every address it listens on. Raises StartError or OSError, with nothing bound."""
+        ...
+
+    async def drain(self) -> None:
+        """Takes no new work; returns when running work has ended or its time is up, with nothing left open."""
+        ...
+
+    def abort(self) -> None:
+        """Ends everything at once; called in any state, also while ``start`` or ``drain`` is running."""
+        ...
+
+    def report(self) -> None:
+        """Logs statistics."""
+        ...
+
+
+def run_daemon(make: Callable[[], Daemon], *, name: str, log_level: str) -> int:
+    """Runs the daemon that ``make`` returns, until it is told to stop; returns the process's exit code.
+
+    Args:
+        make: called once, inside the running event loop; may raise StartError or OSError.
+        name: the name of the daemon's logger, such as ``reflex.inbound``.
+        log_level: debug, info, warning or error.
+
+    Returns:
+        0 after a drain that SIGINT or SIGTERM asked for, 2 if the daemon could not start.
+        A second signal does not return: it ends the process with 128 + its number.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=log_level.upper(), format=LOG_FORMAT, datefmt=LOG_TIME_FORMAT, force=True
+    )
+    log = logging.getLogger(name)
+    _raise_file_limit(log)
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        return runner.run(_serve(make, log))
+
+
+async def _serve(make: Callable[[], Daemon], log: logging.Logger) -> int:
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+    daemon: Daemon | None = None
+
+    def on_stop(signum: int) -> None:
+        if not stop.done():
+            stop.set_result(signum)
+            return
+        log.warning("%s: ending at once", signal.Signals(signum).name)
+        if daemon is not None:
+            daemon.abort()
+        _end_process(EXIT_SIGNAL_BASE + signum)
+
+    def on_report() -> None:
+        if daemon is not None:
+            daemon.report()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, on_stop, signum)
+    loop.add_signal_handler(signal.SIGUSR1, on_report)
+
+    try:
+        daemon = make()
+        addresses = await daemon.start()
+    except (StartError, OSError) as error:
+        log.error("cannot start: %s", _one_line(error))
+        return EXIT_NOT_STARTED
+    _log_always(log, "ready: listening on " + ", ".join(addresses))
+
+    first = await stop
+    log.info("%s: draining; a second signal ends at once", signal.Signals(first).name)
+    await daemon.drain()
+    log.info("stopped")
+    return EXIT_STOPPED
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process without waiting for its threads: one of them may hang in the resolver for a long time."""
+    logging.shutdown()
+    os._exit(code)
+
+
+def _log_always(log: logging.Logger, text: str) -> None:
+    """Logs at INFO whatever the log level: who starts a daemon waits for this line."""
+    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, on one line, without the number that Python puts before a system error."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _raise_file_limit(log: logging.Logger) -> None:
+    """Every connection is an open file, and the usual soft limit of 1,024 is too few of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # some systems grant less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("open files: at most %d", resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -1,0 +1,59 @@
+"""Counters of one process, and their faces: JSON for the log, Prometheus text for a collector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "reflex_"
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the process started. Plain additions by the thread that runs the loop."""
+
+    connections_accepted: int = 0
+    connections_refused: int = 0  # over max_connections
+    handshakes_completed: int = 0
+    handshakes_failed: int = 0
+    fallbacks: int = 0  # connections given to the web server
+    tunnels_opened: int = 0
+    tunnels_lost: int = 0  # ended without CLOSE
+    protocol_errors: int = 0
+    streams_opened: int = 0
+    streams_refused: int = 0
+    streams_reset: int = 0
+    bytes_into_tunnels: int = 0  # payload
+    bytes_out_of_tunnels: int = 0  # payload
+
+    def as_dict(self) -> dict[str, int]:
+        """Every counter by name."""
+        return dataclasses.asdict(self)
+
+
+def statistics_json(counters: Counters, pools: Mapping[str, Any], gauges: Mapping[str, int]) -> str:
+    """One line of JSON: ``counters``, ``pools`` (each a dataclass of figures) and ``gauges``."""
+    return json.dumps(
+        {
+            "counters": counters.as_dict(),
+            "pools": {name: dataclasses.asdict(figures) for name, figures in pools.items()},
+            "gauges": dict(gauges),
+        }
+    )
+
+
+def prometheus_text(counters: Counters, pools: Mapping[str, Any], gauges: Mapping[str, int]) -> str:
+    """The same in the Prometheus text format (version 0.0.4)."""
+    lines: list[str] = []
+    for name, value in counters.as_dict().items():
+        lines += [f"# TYPE {PREFIX}{name}_total counter", f"{PREFIX}{name}_total {value}"]
+    for name, value in gauges.items():
+        lines += [f"# TYPE {PREFIX}{name} gauge", f"{PREFIX}{name} {value}"]
+    figures = [(pool, dataclasses.asdict(statistics)) for pool, statistics in pools.items()]
+    for field in figures[0][1] if figures else ():
+        lines.append(f"# TYPE {PREFIX}pool_{field} gauge")
+        lines += [f'{PREFIX}pool_{field}{{pool="{pool}"}} {values[field]}' for pool, values in figures]
+    return "\n".join(lines) + "\n"

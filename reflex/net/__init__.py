@@ -1,0 +1,1 @@
+"""Sockets and the event loop: what moves the protocol's bytes."""

@@ -1,0 +1,152 @@
+"""Who wants a tunnel gets one: a kept one with room, or one that is dialled; never more than are needed.
+
+Servers are tried in their order: the first that can be had is used, the next ones are for when it
+cannot. After a failure a server is left alone for a while that grows; requests that come meanwhile
+wait for the next attempt, and fail with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from reflex.errors import TunnelError
+from reflex.net.server import Server
+from reflex.net.tunnel import Tunnel
+from reflex.net.tunnels import TunnelPool
+from reflex.protocol.handshake import SessionSecrets
+
+log = logging.getLogger(__name__)
+
+
+class Waiter(Protocol):
+    """Who wants a tunnel. One of the two is called, perhaps at once."""
+
+    def on_tunnel(self, tunnel: Tunnel) -> None:
+        """Open one stream, now: the room is the waiter's during this call."""
+
+    def on_no_tunnel(self, error: TunnelError) -> None:
+        """There is none to be had."""
+
+
+class Connector:
+    """Draws tunnels from the pool and dials what is missing.
+
+    Args:
+        servers: in order of preference.
+        pool: by server.
+        make_tunnel: from a connected socket and its secrets; adds it to the pool.
+        max_tunnels: per server.
+        max_streams: per tunnel.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        servers: Sequence[Server],
+        pool: TunnelPool[Tunnel],
+        make_tunnel: Callable[[Server, socket.socket, SessionSecrets], Tunnel],
+        *,
+        max_tunnels: int,
+        max_streams: int,
+    ) -> None:
+        self._loop = loop
+        self._servers = servers
+        self._pool = pool
+        self._make_tunnel = make_tunnel
+        self._max_tunnels = max_tunnels
+        self._max_streams = max_streams
+        self._waiting: deque[Waiter] = deque()
+        self._dials: set[asyncio.Task[None]] = set()
+
+    def request(self, waiter: Waiter) -> None:
+        """Give the waiter a tunnel as soon as there is one."""
+        if not self._waiting:
+            tunnel = self._available()
+            if tunnel is not None:
+                waiter.on_tunnel(tunnel)
+                return
+        self._waiting.append(waiter)
+        self._dial_as_needed()
+
+    def cancel(self, waiter: Waiter) -> None:
+        """The waiter does not want one any more; nothing where it does not wait."""
+        if waiter in self._waiting:
+            self._waiting.remove(waiter)
+
+    def _available(self) -> Tunnel | None:
+        for server in self._servers:
+            tunnel = self._pool.acquire(server)
+            if tunnel is not None:
+                return tunnel
+        return None
+
+    def room_was_made(self) -> None:
+        """A stream has ended or a tunnel was opened: serve those who wait."""
+        while self._waiting and (tunnel := self._available()) is not None:
+            self._waiting.popleft().on_tunnel(tunnel)
+
+    def _dial_as_needed(self) -> None:
+        needed = -(-len(self._waiting) // self._max_streams)
+        while len(self._dials) < needed:
+            candidates = self._candidates()
+            if not candidates:
+                break
+            task = self._loop.create_task(self._dial(candidates))
+            self._dials.add(task)
+            task.add_done_callback(self._dial_ended)
+        if not self._dials:
+            self._fail_waiting(
+                TunnelError(f"every tunnel is full: {self._max_tunnels} of {self._max_streams} streams each per server")
+            )
+
+    def _candidates(self) -> list[Server]:
+        """Servers to which one more tunnel may be dialled, in the order in which to try them."""
+        allowed = [each for each in self._servers if self._pool.count(each) + len(self._dials) < self._max_tunnels]
+        now_s = self._loop.time()
+        return sorted(allowed, key=lambda server: max(server.not_before_s, now_s))
+
+    async def _dial(self, candidates: list[Server]) -> None:
+        reasons: list[str] = []
+        for server in candidates:
+            delay_s = server.not_before_s - self._loop.time()
+            if delay_s > 0 and reasons:
+                reasons.append(f"{server.address}: failed shortly before")
+                continue  # it has its time to recover; the first one has waited for all
+            if delay_s > 0:
+                await asyncio.sleep(delay_s)
+            try:
+                sock, secrets = await server.connect()
+            except TunnelError as error:
+                server.failed(self._loop.time())
+                log.warning("%s: %s", server.address, error)
+                reasons.append(f"{server.address}: {error}")
+                continue
+            server.succeeded()
+            self._make_tunnel(server, sock, secrets)
+            self.room_was_made()
+            return
+        self._fail_waiting(TunnelError("; ".join(reasons)))
+
+    def _dial_ended(self, task: asyncio.Task[None]) -> None:
+        self._dials.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("dialling failed unexpectedly", exc_info=error)
+            self._fail_waiting(TunnelError(f"internal error: {error}"))
+        elif self._waiting and not task.cancelled():
+            self._dial_as_needed()
+
+    def _fail_waiting(self, error: TunnelError) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for waiter in waiting:
+            waiter.on_no_tunnel(error)
+
+    def close(self) -> None:
+        """Dial nothing more; who waits gets nothing."""
+        for task in self._dials:
+            task.cancel()
+        self._fail_waiting(TunnelError("shutting down"))

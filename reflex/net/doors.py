@@ -1,0 +1,248 @@
+"""The client's local doors: SOCKS5, and plain port forwards.
+
+A connection is first a *visitor*: for SOCKS5 it says where it wants to go. Then it asks for a tunnel,
+opens a stream on it, and becomes that stream's relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reflex.errors import SocksError, TunnelError
+from reflex.metrics import Counters
+from reflex.net.connector import Connector
+from reflex.net.relay import Relay, set_reset_on_close
+from reflex.net.tunnel import Tunnel
+from reflex.pool import TieredPool
+from reflex.protocol.address import Address
+from reflex.protocol.socks5 import Socks5Parser, reply
+from reflex.protocol.streams import Stream
+from reflex.protocol.wire import STREAM_WINDOW, Code, Status
+
+log = logging.getLogger(__name__)
+
+CONVERSATION_READ_BYTES = 2_048
+ATTEMPTS = 3  # tunnels that a request may try, as long as none of its bytes can have been delivered
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What every visitor of one local listener shares.
+
+    ``target`` is where a forward leads; None for SOCKS5, whose ``credentials`` may be set.
+    ``on_end`` is called once for every visitor, when its socket is closed.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    connector: Connector
+    buffers: TieredPool
+    counters: Counters
+    greeting_timeout_s: float
+    target: Address | None
+    credentials: tuple[bytes, bytes] | None
+    on_end: Callable[[Visitor], None]
+
+
+class Visitor:
+    """One accepted local connection, from its first byte to its last."""
+
+    __slots__ = ("_attempts", "_door", "_parser", "_relay", "_sock", "_target", "_timer", "ended")
+
+    def __init__(self, door: Door, sock: socket.socket) -> None:
+        self._door = door
+        self._sock = sock
+        self._relay: DoorRelay | None = None
+        self._attempts = 0
+        self._parser: Socks5Parser | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._target = door.target
+        self.ended = False
+        if self._target is not None:
+            self._request_tunnel()
+            return
+        self._parser = Socks5Parser(door.credentials)
+        self._timer = door.loop.call_later(door.greeting_timeout_s, self.end)
+        door.loop.add_reader(sock, self._on_readable)
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether it has come as far as a stream."""
+        return self._relay is not None
+
+    def _on_readable(self) -> None:
+        """The application speaks SOCKS5."""
+        buffers = self._door.buffers
+        parser = self._parser
+        assert parser is not None  # noqa: S101  # it is dropped together with this callback
+        buffer = buffers.acquire(CONVERSATION_READ_BYTES)
+        size = 0
+        try:
+            size = self._sock.recv_into(buffer)
+            if not size:
+                self.end()
+                return
+            answer = parser.feed(buffer[:size])
+            if answer:
+                self._sock.send(answer)  # a few bytes on a fresh connection: it takes them whole
+        except (BlockingIOError, InterruptedError):
+            return
+        except SocksError as error:
+            log.info("local connection refused: %s", error)
+            self._say(error.reply)
+            self.end()
+            return
+        except OSError:
+            self.end()
+            return
+        finally:
+            buffers.release(buffer, size)
+        if parser.request is not None:
+            self._target = parser.request
+            self._stop_greeting()
+            self._request_tunnel()
+
+    def _stop_greeting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._door.loop.remove_reader(self._sock)
+
+    def _request_tunnel(self) -> None:
+        self._attempts += 1
+        self._door.connector.request(self)
+
+    def on_tunnel(self, tunnel: Tunnel) -> None:
+        """There is a tunnel: open the stream."""
+        door = self._door
+        stream = tunnel.session.open(self._target)
+        tunnel.flush_soon()
+        door.counters.streams_opened += 1
+        self._relay = DoorRelay(door, self, tunnel, stream, self._sock)
+        if self._parser is None:
+            # A forward has nobody to tell how the OPEN went: its data may follow at once.
+            self._relay.start_reading()
+
+    def on_no_tunnel(self, error: TunnelError) -> None:
+        """There is none: the connector has logged why."""
+        log.info("no tunnel for a local connection: %s", error)
+        self._refuse(Status.GENERAL_FAILURE)
+
+    # What the relay reports of its OPEN.
+
+    def opened(self) -> None:
+        """The target is connected; what the application sent ahead follows."""
+        parser, relay = self._parser, self._relay
+        if parser is not None and relay is not None:
+            self._parser = None
+            self._say(reply(Status.SUCCEEDED))
+            if parser.rest:
+                relay.send_ahead(parser.rest)
+            relay.start_reading()
+
+    def refused(self, status: int) -> None:
+        """The server would not, or could not, connect the target."""
+        log.debug("%s: refused with status %d", self._target, status)
+        self._relay = None
+        self._refuse(status)
+
+    def lost(self, code: int, *, is_untouched: bool) -> None:
+        """The stream was reset before the target was connected: try another tunnel where nothing was sent."""
+        self._relay = None
+        if is_untouched and self._attempts < ATTEMPTS and code in (Code.CANCELLED, Code.SHUTTING_DOWN):
+            self._request_tunnel()
+        else:
+            self._refuse(Status.GENERAL_FAILURE)
+
+    def closed(self) -> None:
+        """The relay has ended and closed the socket."""
+        self._finish()
+
+    def _refuse(self, status: int) -> None:
+        if self._parser is not None:
+            self._say(reply(status))
+        else:
+            set_reset_on_close(self._sock)
+        self.end()
+
+    def _say(self, answer: bytes) -> None:
+        if answer:
+            try:
+                self._sock.send(answer)
+            except OSError:
+                log.debug("a local connection was gone before it was answered")
+
+    def end(self) -> None:
+        """Close the connection. Once; then nothing."""
+        if self.ended:
+            return
+        self._stop_greeting()
+        self._door.connector.cancel(self)
+        if self._relay is not None:
+            self._relay.end(reset=True)
+            return
+        self._sock.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._door.on_end(self)
+
+
+class DoorRelay(Relay):
+    """The client's relay: until its OPEN is answered, how that went is the visitor's matter."""
+
+    __slots__ = ("_is_opened", "_visitor")
+
+    def __init__(self, door: Door, visitor: Visitor, tunnel: Tunnel, stream: Stream, sock: socket.socket) -> None:
+        super().__init__(
+            door.loop,
+            tunnel,
+            stream,
+            buffers=door.buffers,
+            counters=door.counters,
+            on_end=self._on_relay_end,
+            sock=sock,
+        )
+        self._visitor = visitor
+        self._is_opened = False
+
+    def send_ahead(self, data: bytes) -> None:
+        """Send what the application sent behind its request; it fits a fresh stream's window."""
+        self.tunnel.session.send(self.stream, data)
+        self.tunnel.flush_soon()
+
+    def on_opened(self) -> None:
+        """The target is connected."""
+        self._is_opened = True
+        self._visitor.opened()
+
+    def on_refused(self, status: int) -> None:
+        """There will be no stream: the socket goes back to the visitor."""
+        self._let_go()
+        self._visitor.refused(status)
+
+    def on_reset(self, code: int) -> None:
+        """Before the target was connected, the socket goes back to the visitor; later both are reset."""
+        if self._is_opened or self.ended:
+            super().on_reset(code)
+            return
+        is_untouched = self.stream.send_window.available == STREAM_WINDOW and not self._read_ended
+        self._let_go()
+        self._visitor.lost(code, is_untouched=is_untouched)
+
+    def _let_go(self) -> None:
+        """End without closing the socket."""
+        self.ended = True
+        self._pause()
+        if self.tunnel.last_talker is self:
+            self.tunnel.last_talker = None
+
+    @staticmethod
+    def _on_relay_end(relay: Relay) -> None:
+        assert isinstance(relay, DoorRelay)  # noqa: S101  # it is given to this class alone
+        relay._visitor.closed()

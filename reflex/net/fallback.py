@@ -1,0 +1,188 @@
+"""What is not Reflex, handed to the web server (docs/protocol.md, section 6): every byte, FIN and RST, both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from reflex.errors import DialError
+from reflex.net.backlog import Backlog
+from reflex.net.dial import begin_connect, finish_connect
+from reflex.net.relay import set_reset_on_close
+from reflex.pool import TieredPool
+from reflex.protocol.address import Address
+
+log = logging.getLogger(__name__)
+
+READ_BYTES: Final = 32_768
+
+
+class _Side:
+    """One of the two sockets: what is read from it goes to the other one."""
+
+    __slots__ = ("backlog", "fd", "is_reading", "is_writing", "read_ended", "sock", "write_ended")
+
+    def __init__(self, sock: socket.socket, buffers: TieredPool) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.backlog = Backlog(buffers)  # waits to be written to this socket
+        self.is_reading = False
+        self.is_writing = False
+        self.read_ended = False
+        self.write_ended = False  # to be shut down once the backlog is empty, or shut down
+
+
+class Fallback:
+    """A connection and the web server's, joined for as long as either side likes.
+
+    Args:
+        client: the connection; this object's from now on.
+        address: the web server's, an IP address.
+        first: bytes already read from the client; copied.
+        read_ended: whether the client's FIN was read already.
+        on_end: called once, when both sockets are closed.
+    """
+
+    __slots__ = ("_buffers", "_client", "_loop", "_on_end", "_server", "ended")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        client: socket.socket,
+        address: Address,
+        first: memoryview,
+        *,
+        buffers: TieredPool,
+        on_end: Callable[[Fallback], None],
+        read_ended: bool = False,
+    ) -> None:
+        self._loop = loop
+        self._buffers = buffers
+        self._on_end = on_end
+        self._client = _Side(client, buffers)
+        self._client.read_ended = read_ended
+        self._server: _Side | None = None
+        self.ended = False
+        try:
+            server = begin_connect(address)
+        except DialError as error:
+            log.warning("fallback %s: %s", address, error)
+            self.end(reset=False)
+            return
+        self._server = _Side(server, buffers)
+        if first:
+            self._server.backlog.keep(first)
+        loop.add_writer(self._server.fd, self._connected)
+
+    def _connected(self) -> None:
+        server = self._server
+        assert server is not None  # noqa: S101  # it is the one that became writable
+        self._loop.remove_writer(server.fd)
+        try:
+            finish_connect(server.sock)
+        except DialError as error:
+            log.warning("fallback: %s", error)
+            self.end(reset=False)
+            return
+        self._write(server)
+        if self._client.read_ended:
+            self._end_writing(server)
+        else:
+            self._read_on(self._client)
+        if not self.ended:
+            self._read_on(server)
+
+    def _other(self, side: _Side) -> _Side:
+        other = self._server if side is self._client else self._client
+        assert other is not None  # noqa: S101  # nothing moves before both are there
+        return other
+
+    def _read_on(self, side: _Side) -> None:
+        if not (side.is_reading or side.read_ended or self.ended):
+            side.is_reading = True
+            self._loop.add_reader(side.fd, self._on_readable, side)
+
+    def _on_readable(self, side: _Side) -> None:
+        other = self._other(side)
+        if other.backlog.size_bytes:
+            side.is_reading = False  # until it has drained
+            self._loop.remove_reader(side.fd)
+            return
+        buffer = self._buffers.acquire(READ_BYTES)
+        size = 0
+        try:
+            size = side.sock.recv_into(buffer)
+            if size:
+                other.backlog.keep(buffer[:size])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.end(reset=True)
+            return
+        finally:
+            self._buffers.release(buffer, size)
+        if size:
+            self._write(other)
+        else:
+            side.read_ended = True
+            side.is_reading = False
+            self._loop.remove_reader(side.fd)
+            self._end_writing(other)
+
+    def _write(self, side: _Side) -> None:
+        """Send what waits for this side."""
+        while side.backlog.size_bytes:
+            waiting = side.backlog.first()
+            try:
+                size = side.sock.send(waiting)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                self.end(reset=True)
+                return
+            side.backlog.taken(size)
+        if side.backlog.size_bytes:
+            if not side.is_writing:
+                side.is_writing = True
+                self._loop.add_writer(side.fd, self._write, side)
+            return
+        if side.is_writing:
+            side.is_writing = False
+            self._loop.remove_writer(side.fd)
+        if side.write_ended:
+            self._shut_down(side)
+        else:
+            self._read_on(self._other(side))
+
+    def _end_writing(self, side: _Side) -> None:
+        side.write_ended = True
+        if not side.backlog.size_bytes and not self.ended:
+            self._shut_down(side)
+
+    def _shut_down(self, side: _Side) -> None:
+        try:
+            side.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.end(reset=True)
+            return
+        if side.read_ended and self._other(side).write_ended and not self._other(side).backlog.size_bytes:
+            self.end(reset=False)
+
+    def end(self, *, reset: bool) -> None:
+        """Close both sockets, with RST where ``reset``. Once; then nothing."""
+        if self.ended:
+            return
+        self.ended = True
+        for side in (self._client, self._server):
+            if side is None:
+                continue
+            self._loop.remove_reader(side.fd)
+            self._loop.remove_writer(side.fd)
+            if reset:
+                set_reset_on_close(side.sock)
+            side.sock.close()
+            side.backlog.clear()
+        self._on_end(self)

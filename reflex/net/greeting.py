@@ -1,0 +1,217 @@
+"""The first bytes of a connection at the server: Reflex, or not (docs/protocol.md, sections 2 and 6).
+
+With a fallback, the first read decides: 76 bytes or more that are no HTTP and no TLS and pass every
+check are Reflex; anything else, silence until the handshake time-out included, is the web server's.
+Without a fallback, 76 bytes are awaited; what fails is read and discarded until the peer leaves, or
+the handshake time-out and a random time pass. A failed hello is never answered by a byte, nor by a
+close that depends on what was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from reflex.errors import AuthenticationFailed, HandshakeError
+from reflex.metrics import Counters
+from reflex.net.fallback import Fallback
+from reflex.protocol.address import Address
+from reflex.protocol.handshake import AcceptedHello, ServerCredentials, accept_hello, looks_like_http_or_tls
+from reflex.protocol.pools import Pools
+from reflex.protocol.replay import ReplaySet
+from reflex.protocol.wire import CLIENT_HELLO_SIZE
+
+log = logging.getLogger(__name__)
+
+FIRST_READ_BYTES: Final = 8_192  # behind the hello: the client's first records, or a browser's request
+SILENCE_MAX_MS: Final = 30_000  # of the random time that a failed connection is kept longer
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What every greeting of one server shares.
+
+    ``on_hello`` is called with a connection whose hello passed every check, the hello, and a view of
+    what came behind it (valid during the call); the socket is the callee's. ``on_end`` is called once
+    for every connection that did not come to that, when its socket is closed.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    credentials: ServerCredentials
+    replay: ReplaySet
+    pools: Pools
+    counters: Counters
+    handshake_timeout_s: float
+    fallback: Address | None
+    on_hello: Callable[[Greeting, socket.socket, AcceptedHello, memoryview], None]
+    on_end: Callable[[Greeting], None]
+
+
+class Greeting:
+    """One accepted connection, until it is known what it is; and for as long as it is not Reflex."""
+
+    __slots__ = ("_discarding", "_door", "_fallback", "_hello", "_peer", "_received", "_sock", "_timer", "ended")
+
+    def __init__(self, door: Door, sock: socket.socket, peer: str) -> None:
+        self._door = door
+        self._sock = sock
+        self._peer = peer
+        self._hello: memoryview | None = None
+        self._received = 0
+        self._discarding = False
+        self._fallback: Fallback | None = None
+        self.ended = False
+        self._timer = door.loop.call_later(door.handshake_timeout_s, self._on_timeout)
+        door.loop.add_reader(sock, self._on_readable)
+
+    @property
+    def peer(self) -> str:
+        """The other end's address, for the log."""
+        return self._peer
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the web server has it."""
+        return self._fallback is not None
+
+    def _on_readable(self) -> None:
+        pools = self._door.pools
+        if self._hello is None:
+            self._hello = pools.client_hellos.acquire()
+        rest = pools.buffers.acquire(FIRST_READ_BYTES)
+        rest_size = 0
+        try:
+            try:
+                size = self._sock.recvmsg_into([self._hello[self._received :], rest])[0]
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.end(reset=False)
+                return
+            missing = CLIENT_HELLO_SIZE - self._received
+            rest_size = max(0, size - missing)
+            self._received += size - rest_size
+            self._decide(self._hello, rest[:rest_size], read_ended=size == 0)
+        finally:
+            pools.buffers.release(rest, rest_size)
+            if self._received in (0, CLIENT_HELLO_SIZE) or self.ended or self._fallback:
+                self._drop_hello()
+
+    def _drop_hello(self) -> None:
+        if self._hello is not None:
+            self._door.pools.client_hellos.release(self._hello)
+            self._hello = None
+
+    def _decide(self, hello: memoryview, rest: memoryview, *, read_ended: bool) -> None:
+        door = self._door
+        received = self._received
+        if received == CLIENT_HELLO_SIZE and not (door.fallback is not None and looks_like_http_or_tls(hello)):
+            try:
+                accepted = accept_hello(
+                    hello,
+                    door.credentials,
+                    now_s=int(time.time()),
+                    replay=door.replay,
+                    random_bytes=secrets.token_bytes,
+                )
+            except HandshakeError as error:
+                door.counters.handshakes_failed += 1
+                # An authentic hello is worth a line to the operator; junk is not.
+                level = logging.DEBUG if isinstance(error, AuthenticationFailed) else logging.WARNING
+                log.log(level, "%s: hello refused: %s", self._peer, error)
+            else:
+                self._leave()
+                door.on_hello(self, self._sock, accepted, rest)
+                return
+        elif door.fallback is None and not read_ended:
+            return  # more is awaited
+        if door.fallback is not None:
+            self._give_to_fallback(door.fallback, hello[:received], rest, read_ended=read_ended)
+        elif read_ended:
+            self.end(reset=False)
+        else:
+            self._discard_for(max(0.0, self._timer.when() - door.loop.time()))
+
+    def _leave(self) -> None:
+        """The connection stops being this object's."""
+        self.ended = True
+        self._timer.cancel()
+        self._door.loop.remove_reader(self._sock)
+
+    def _give_to_fallback(self, address: Address, hello: memoryview, rest: memoryview, *, read_ended: bool) -> None:
+        door = self._door
+        door.counters.fallbacks += 1
+        self._timer.cancel()
+        door.loop.remove_reader(self._sock)
+        buffers = door.pools.buffers
+        size = len(hello) + len(rest)
+        first = buffers.acquire(size)
+        try:
+            first[: len(hello)] = hello
+            first[len(hello) : size] = rest
+            self._fallback = Fallback(
+                door.loop,
+                self._sock,
+                address,
+                first[:size],
+                buffers=buffers,
+                on_end=self._on_fallback_end,
+                read_ended=read_ended,
+            )
+        finally:
+            buffers.release(first, size)
+
+    def _on_fallback_end(self, fallback: Fallback) -> None:
+        del fallback
+        self.ended = True
+        self._door.on_end(self)
+
+    def _on_timeout(self) -> None:
+        if self._door.fallback is not None:
+            self._give_to_fallback(self._door.fallback, _NOTHING, _NOTHING, read_ended=False)
+        elif self._discarding:
+            self.end(reset=False)
+        else:
+            self._discard_for(0.0)
+
+    def _discard_for(self, at_least_s: float) -> None:
+        """It is not Reflex, and nobody takes it: read and discard, for so long and a random time."""
+        loop = self._door.loop
+        self._discarding = True
+        self._drop_hello()
+        loop.remove_reader(self._sock)
+        loop.add_reader(self._sock, self._discard)
+        self._timer.cancel()
+        wait_s = at_least_s + secrets.randbelow(SILENCE_MAX_MS + 1) / 1000
+        self._timer = loop.call_later(wait_s, self._on_timeout)
+
+    def _discard(self) -> None:
+        try:
+            size = len(self._sock.recv(4_096))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            size = 0
+        if not size:
+            self.end(reset=False)
+
+    def end(self, *, reset: bool) -> None:
+        """Close the connection. Once; then nothing."""
+        if self.ended:
+            return
+        if self._fallback is not None:
+            self._fallback.end(reset=reset)
+            return
+        self._leave()
+        self._drop_hello()
+        self._sock.close()
+        self._door.on_end(self)
+
+
+_NOTHING: Final = memoryview(b"")

@@ -1,0 +1,192 @@
+"""A server as its client sees it: how to make a tunnel to it, and what to say where that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from typing import Final
+
+from reflex.errors import AuthenticationFailed, DialError, TunnelError
+from reflex.net.clock import ask_date
+from reflex.net.dial import dial
+from reflex.protocol.address import Address
+from reflex.protocol.handshake import ClientCredentials, ClientHandshake, SessionSecrets
+from reflex.protocol.pools import Pools
+from reflex.protocol.wire import HELLO_TIME_LIMIT_S, Suite
+
+log = logging.getLogger(__name__)
+
+MAX_CLOCK_SHIFT_S: Final = 24 * 3600  # docs/protocol.md, section 6: what a Date may shift a hello by
+CLOCK_NOTE_S: Final = 60  # a clock that is off by more is worth a warning
+FIRST_DELAY_S: Final = 0.2  # between attempts; doubles with every failure
+MAX_DELAY_S: Final = 4.0
+
+
+class Server:
+    """One server: where it is, who we are there, how often it failed.
+
+    Args:
+        address: where it listens.
+        credentials: of this client with it.
+        suite: the cipher to ask for.
+        pools: where the hellos' buffers are borrowed.
+        connect_timeout_s: for the TCP connection.
+        handshake_timeout_s: for the server's answer.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        credentials: ClientCredentials,
+        suite: Suite,
+        *,
+        pools: Pools,
+        connect_timeout_s: float,
+        handshake_timeout_s: float,
+        nodelay: bool,
+        keepalive_s: int,
+    ) -> None:
+        self.address = address
+        self._credentials = credentials
+        self._suite = suite
+        self._pools = pools
+        self._connect_timeout_s = connect_timeout_s
+        self._handshake_timeout_s = handshake_timeout_s
+        self._nodelay = nodelay
+        self._keepalive_s = keepalive_s
+        self._failures = 0
+        self.not_before_s = 0.0  # loop time of the next attempt
+        self._clock_shift_s = 0  # what is added to this machine's clock for a hello
+
+    # How often to try.
+
+    def succeeded(self) -> None:
+        """It answered: the next attempt need not wait."""
+        self._failures = 0
+        self.not_before_s = 0.0
+
+    def failed(self, now_s: float) -> None:
+        """It did not: the next attempt waits, longer each time, and not in step with other clients'."""
+        delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
+        self._failures = min(self._failures + 1, 16)
+        self.not_before_s = now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000)
+
+    # Making a tunnel.
+
+    async def connect(self) -> tuple[socket.socket, SessionSecrets]:
+        """Connect and shake hands.
+
+        Returns:
+            The socket, non-blocking, with nothing read behind the server's hello; and the secrets.
+
+        Raises:
+            TunnelError: its text says what is wrong, for the log.
+        """
+        try:
+            return await self._attempt()
+        except _NotAnswered as error:
+            shift_s = await self._shift_by_date()
+            if shift_s is None:
+                raise TunnelError(f"{error}; {self._advice()}") from None
+            if abs(shift_s - self._clock_shift_s) <= HELLO_TIME_LIMIT_S:
+                raise TunnelError(
+                    f"{error}; the clocks agree within {HELLO_TIME_LIMIT_S} s, so the server's public key,"
+                    " the user id or the user key is wrong"
+                ) from None
+            log.warning(
+                "%s: this machine's clock is %d s %s the server's (by its web server's Date); trying with that time",
+                self.address,
+                abs(shift_s),
+                "behind" if shift_s > 0 else "ahead of",
+            )
+            if abs(shift_s) > MAX_CLOCK_SHIFT_S:
+                raise TunnelError(
+                    f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
+                ) from None
+            self._clock_shift_s = shift_s
+            try:
+                return await self._attempt()
+            except _NotAnswered as again:
+                self._clock_shift_s = 0
+                raise TunnelError(f"{again}, nor with the time corrected; {self._advice()}") from None
+
+    def _advice(self) -> str:
+        return (
+            "the server's public key, the user id or the user key is wrong, or this machine's clock is off by"
+            f" more than {HELLO_TIME_LIMIT_S} s (it says {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC)"
+        )
+
+    async def _attempt(self) -> tuple[socket.socket, SessionSecrets]:
+        try:
+            sock = await dial(
+                self.address,
+                timeout_s=self._connect_timeout_s,
+                nodelay=self._nodelay,
+                keepalive_s=self._keepalive_s,
+            )
+        except DialError as error:
+            raise TunnelError(f"cannot connect to the server: {error}") from None
+        try:
+            async with asyncio.timeout(self._handshake_timeout_s):
+                return sock, await self._shake_hands(sock)
+        except TimeoutError:
+            sock.close()
+            raise _NotAnswered(f"the server did not answer the hello within {self._handshake_timeout_s:g} s") from None
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _shake_hands(self, sock: socket.socket) -> SessionSecrets:
+        loop = asyncio.get_running_loop()
+        handshake = ClientHandshake(
+            self._credentials,
+            suite=self._suite,
+            time_s=int(time.time()) + self._clock_shift_s,
+            random_bytes=secrets.token_bytes,
+        )
+        hello = self._pools.client_hellos.acquire()
+        answer = self._pools.server_hellos.acquire()
+        try:
+            handshake.write_hello(hello)
+            try:
+                await loop.sock_sendall(sock, hello)
+                received = 0
+                while received < len(answer):
+                    size = await loop.sock_recv_into(sock, answer[received:])
+                    if not size:
+                        raise _NotAnswered("the server closed the connection instead of answering the hello")
+                    received += size
+            except OSError as error:
+                raise _NotAnswered(f"the connection was lost during the handshake: {error.strerror or error}") from None
+            try:
+                return handshake.read_answer(answer)
+            except AuthenticationFailed:
+                raise _NotAnswered("what answers at the server's address is not that server's Reflex") from None
+        finally:
+            self._pools.client_hellos.release(hello)
+            self._pools.server_hellos.release(answer)
+
+    async def _shift_by_date(self) -> int | None:
+        """How far the server's clock is ahead of ours, by its web server's Date; None where it tells none."""
+        date_s = await ask_date(self.address, timeout_s=min(3.0, self._connect_timeout_s))
+        return None if date_s is None else date_s - int(time.time())
+
+    def learn_time(self, peer_time_ms: int) -> None:
+        """The server's authenticated time arrived (SETTINGS): later hellos use it."""
+        shift_s = round(peer_time_ms / 1000 - time.time())
+        if abs(shift_s) > CLOCK_NOTE_S:
+            log.warning(
+                "%s: this machine's clock is %d s %s the server's",
+                self.address,
+                abs(shift_s),
+                "behind" if shift_s > 0 else "ahead of",
+            )
+        if abs(shift_s) <= MAX_CLOCK_SHIFT_S:
+            self._clock_shift_s = shift_s
+
+
+class _NotAnswered(Exception):  # never leaves this module
+    """The hello was not answered as it should be: keys or clock are wrong, or it is another server."""

@@ -1,0 +1,456 @@
+"""One session over one socket: reads, flushes, back-pressure.
+
+The way of a turn:
+
+1. The loop says that the tunnel's socket is readable: its bytes are received where the decoder wants
+   them, and each event goes to the relay of its stream, which sends to its own socket at once.
+2. The loop says that local sockets are readable: each relay receives straight into the record that is
+   being packed. A record that is full is sealed and sent on the spot.
+3. At the turn's end (one ``call_soon``) what was packed is sealed and sent, in one piece.
+4. What the socket does not take stays in the encoder; until it is taken, the tunnel is *blocked*:
+   relays that turn readable stop reading, and go on when it is not blocked any more.
+
+A tunnel ends once, in one of three ways: ``close`` (cleanly, CLOSE then FIN), ``cut`` (the connection
+is gone: every relay is reset), or a fatal protocol error (the same, but the socket first swallows
+what comes, for a random time, so that the peer learns nothing from the moment of the close).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
+
+from reflex.errors import ProtocolError
+from reflex.metrics import Counters
+from reflex.protocol.events import Event, EventKind
+from reflex.protocol.session import Session
+from reflex.protocol.wire import (
+    FATAL_DISCARD_BYTES,
+    FATAL_DISCARD_MAX_S,
+    FATAL_DISCARD_MIN_S,
+    Code,
+)
+
+log = logging.getLogger(__name__)
+
+READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
+# Records stay small while several streams talk, so that a small request does not wait behind bulk.
+SHARED_READ_BYTES: Final = 16_384
+SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
+TICK_MAX_S: Final = 5.0  # how often liveness and idle streams are looked at
+TICK_MIN_S: Final = 0.25
+TICKS_PER_TIMEOUT: Final = 4
+CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
+
+
+class StreamOwner(Protocol):
+    """What a tunnel asks of a stream's owner: a relay."""
+
+    last_tick: int
+
+    def on_opened(self) -> None: ...
+    def on_refused(self, status: int) -> None: ...
+    def on_data(self, data: memoryview) -> None: ...
+    def on_fin(self) -> None: ...
+    def on_reset(self, code: int) -> None: ...
+    def on_writable(self) -> None: ...
+    def on_idle(self) -> None: ...
+
+
+class Resumable(Protocol):
+    """What waits for a tunnel that is blocked."""
+
+    def resume(self) -> None: ...
+
+
+class Tunnel:
+    """One session and its socket.
+
+    Args:
+        sock: connected and non-blocking; the tunnel's from now on.
+        session: the same; its buffers are given back when the tunnel ends.
+        on_open: called with each OPEN event, which it answers or hands to a relay (server).
+        on_settings: called with the peer's time, in ms since 1970, when its SETTINGS arrive.
+        on_stream_end: called whenever streams may have ended, so that an owner can count.
+        on_end: called once, when the tunnel has ended and its socket takes no more streams.
+        idle_timeout_s: a stream without a byte in either direction for so long is reset.
+        label: who is at the other end, for the log.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_close_timer",
+        "_counters",
+        "_discard_bytes",
+        "_fd",
+        "_flush_is_due",
+        "_idle_ticks",
+        "_label",
+        "_loop",
+        "_on_end",
+        "_on_open",
+        "_on_settings",
+        "_on_stream_end",
+        "_shared_turns",
+        "_sock",
+        "_tick_s",
+        "_tick_timer",
+        "_waiting",
+        "draining",
+        "ended",
+        "idle_since_s",
+        "is_blocked",
+        "last_talker",
+        "session",
+        "tick",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        session: Session,
+        *,
+        counters: Counters,
+        idle_timeout_s: float,
+        label: str,
+        on_end: Callable[[Tunnel], None],
+        on_open: Callable[[Tunnel, Event], None] | None = None,
+        on_settings: Callable[[int], None] | None = None,
+        on_stream_end: Callable[[Tunnel], None] | None = None,
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self.session = session
+        self._counters = counters
+        self._label = label
+        self._on_end = on_end
+        self._on_open = on_open
+        self._on_settings = on_settings
+        self._on_stream_end = on_stream_end
+        self._flush_is_due = False
+        self.is_blocked = False
+        self._waiting: list[Resumable] = []
+        self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
+        self.last_talker: object = None
+        self._shared_turns = 0
+        self.ended = False
+        self.idle_since_s = loop.time()
+        self._discard_bytes = 0
+        self._close_timer: asyncio.TimerHandle | None = None
+        self.tick = 0
+        self._tick_s = max(TICK_MIN_S, min(TICK_MAX_S, idle_timeout_s / TICKS_PER_TIMEOUT))
+        self._idle_ticks = max(1, round(idle_timeout_s / self._tick_s))
+        self._tick_timer = loop.call_later(self._tick_s, self._on_tick)
+        counters.tunnels_opened += 1
+        loop.add_reader(self._fd, self._on_readable)
+        self.flush_soon()
+
+    def __repr__(self) -> str:
+        return f"<Tunnel {self._label}, {len(self.session.streams)} streams>"
+
+    @property
+    def stream_count(self) -> int:
+        """How many streams are live."""
+        return len(self.session.streams)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a stream can be opened on it."""
+        return not self.ended and self.session.has_room
+
+    # From the tunnel.
+
+    def feed(self, data: memoryview) -> None:
+        """Take bytes that were received together with the handshake."""
+        self.session.now_s = self._loop.time()
+        try:
+            for event in self.session.feed(data):
+                self._dispatch(event)
+                if self.ended:
+                    break
+        except ProtocolError as error:
+            self._fail(error)
+        self._after_events()
+
+    def _on_readable(self) -> None:
+        session = self.session
+        session.now_s = self._loop.time()
+        for _ in range(READS_PER_TURN):
+            view = session.receive_buffer()
+            asked = len(view)
+            try:
+                size = self._sock.recv_into(view)
+            except (BlockingIOError, InterruptedError):
+                session.received(0)
+                break
+            except OSError as error:
+                session.received(0)
+                self.cut(f"connection lost: {error.strerror or error}")
+                return
+            session.received(size)
+            if not size:
+                self._on_eof()
+                return
+            try:
+                for event in session.events():
+                    if event.kind is EventKind.DATA:
+                        event.stream.owner.on_data(event.data)  # type: ignore[union-attr]  # DATA has a stream
+                    else:
+                        self._dispatch(event)
+                    if self.ended:
+                        break  # its buffers are gone
+            except ProtocolError as error:
+                self._fail(error)
+            if self.ended or size < asked:
+                break
+        self._after_events()
+
+    def _after_events(self) -> None:
+        if not self.ended and self.session.unsent_bytes:
+            self.flush_soon()
+
+    def _dispatch(self, event: Event) -> None:
+        kind, stream = event.kind, event.stream
+        if stream is None:
+            if kind is EventKind.WRITABLE:
+                for each in list(self.session.streams.values()):
+                    if each.owner is not None:
+                        each.owner.on_writable()
+            elif kind is EventKind.GOAWAY:
+                log.info("%s: the peer takes no new streams (%s)", self._label, _code_name(event.number))
+                self.stream_ended()
+            elif kind is EventKind.SETTINGS:
+                if self._on_settings is not None and self.session.peer_time_ms:
+                    self._on_settings(self.session.peer_time_ms)
+            elif kind is EventKind.CLOSED:
+                log.debug("%s: closed by the peer (%s)", self._label, _code_name(event.number))
+                self._finish_end()
+            return
+        owner: StreamOwner = stream.owner
+        if kind is EventKind.DATA:
+            owner.on_data(event.data)
+        elif kind is EventKind.OPEN:
+            self._counters.streams_opened += 1
+            if self._on_open is not None:
+                self._on_open(self, event)
+        elif kind is EventKind.OPENED:
+            owner.on_opened()
+        elif kind is EventKind.FIN:
+            owner.on_fin()
+            self.stream_ended()
+        elif kind is EventKind.WRITABLE:
+            owner.on_writable()
+        elif kind is EventKind.REFUSED:
+            self._counters.streams_refused += 1
+            owner.on_refused(event.number)
+            self.stream_ended()
+        elif kind is EventKind.RESET:
+            self._counters.streams_reset += 1
+            if owner is not None:
+                owner.on_reset(event.number)
+            self.stream_ended()
+        elif kind is EventKind.DATAGRAM:
+            self.session.consumed(stream, len(event.data))
+
+    def _on_eof(self) -> None:
+        if self.session.close_received or self.session.close_sent:
+            self._finish_end()
+        else:
+            self.cut("connection ended without CLOSE")
+
+    # Into the tunnel.
+
+    def wanted_bytes(self, talker: object, read_size: int) -> int:
+        """How much a relay may read for one record: less while several talk."""
+        if self.last_talker is not talker:
+            self.last_talker = talker
+            self._shared_turns = SHARED_TURNS
+        return min(read_size, SHARED_READ_BYTES) if self._shared_turns else read_size
+
+    def wait(self, relay: Resumable) -> None:
+        """The tunnel is blocked: ``relay.resume`` is called when it is not any more."""
+        self._waiting.append(relay)
+
+    def flush_soon(self) -> None:
+        """Seal and send at the end of this turn; to be called after whatever packed something."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        if self.ended:
+            return
+        if self._shared_turns:
+            self._shared_turns -= 1
+        self.session.seal()
+        if not self.is_blocked:
+            self.send()
+
+    def send(self) -> None:
+        """Send what is sealed; what the socket does not take blocks the tunnel."""
+        session = self.session
+        sock = self._sock
+        while (view := session.output()) is not None:
+            try:
+                size = sock.send(view)
+            except (BlockingIOError, InterruptedError):
+                size = 0
+            except OSError as error:
+                self.cut(f"connection lost: {error.strerror or error}")
+                return
+            if size:
+                session.sent(size)
+            if size < len(view):
+                if not self.is_blocked:
+                    self.is_blocked = True
+                    self._loop.add_writer(self._fd, self._on_socket_writable)
+                return
+        if self.is_blocked:
+            self.is_blocked = False
+            self._loop.remove_writer(self._fd)
+            waiting, self._waiting = self._waiting, []
+            for relay in waiting:
+                relay.resume()
+        if session.close_sent:
+            self._shut_down()
+
+    def _on_socket_writable(self) -> None:
+        self.send()
+
+    # Time.
+
+    def _on_tick(self) -> None:
+        """Look for a dead peer, for idle streams; send a PING where one is due."""
+        if self.ended:
+            return
+        session = self.session
+        self.tick += 1
+        session.now_s = self._loop.time()
+        if session.is_dead():
+            self.cut("no sign of life from the peer")
+            return
+        oldest = self.tick - self._idle_ticks
+        for owner in idle_owners((stream.owner for stream in session.streams.values()), oldest):
+            owner.on_idle()
+        for owner in idle_owners(self.draining, oldest):
+            owner.on_idle()
+        if session.unsent_bytes:
+            self.flush_soon()
+        self._tick_timer = self._loop.call_later(self._tick_s, self._on_tick)
+
+    # The end.
+
+    def stream_ended(self) -> None:
+        """A stream may have ended: whoever counts them looks again."""
+        if not self.session.streams:
+            self.idle_since_s = self._loop.time()
+        if self._on_stream_end is not None:
+            self._on_stream_end(self)
+
+    def go_away(self, code: Code) -> None:
+        """Tell the peer that no new streams are taken; those that are open go on."""
+        if not self.ended:
+            self.session.go_away(code)
+            self.flush_soon()
+
+    def close(self, code: Code) -> None:
+        """End cleanly: streams that are left are reset, then CLOSE, then FIN; the peer's FIN is awaited shortly."""
+        if self.ended or self.session.close_sent:
+            return
+        for stream in list(self.session.streams.values()):
+            if stream.owner is not None:
+                stream.owner.on_reset(code)
+            self.session.reset(stream, code)
+        self.session.close(code)
+        self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self._finish_end)
+        self.flush_soon()
+
+    def _shut_down(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._finish_end()
+
+    def cut(self, reason: str) -> None:
+        """The connection is gone, or is to go: every relay is reset at once."""
+        if self.ended:
+            return
+        if not self.session.close_sent:
+            self._counters.tunnels_lost += 1
+            log.info("%s: %s; %d streams are reset", self._label, reason, len(self.session.streams))
+        self._finish_end()
+
+    def _finish_end(self) -> None:
+        if self._leave():
+            self._sock.close()
+
+    def _leave(self) -> bool:
+        """What every end does once; the socket is left to the caller."""
+        if self.ended:
+            return False
+        self.ended = True
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._tick_timer.cancel()
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        owners = [stream.owner for stream in self.session.streams.values() if stream.owner is not None]
+        self.session.close_buffers()
+        for owner in owners:
+            owner.on_reset(Code.CANCELLED)
+        self._waiting.clear()
+        # Relays that only deliver what had arrived go on, but not for longer than an idle stream may.
+        for relay in self.draining:
+            self._loop.call_later(self._tick_s * self._idle_ticks, relay.on_idle)
+        self.draining.clear()
+        self.last_talker = None
+        self._on_end(self)
+        return True
+
+    def _fail(self, error: ProtocolError) -> None:
+        """Fatal error: send nothing, swallow what comes for a random time or length, close."""
+        log.warning("%s: protocol error, %d streams are reset: %s", self._label, self.stream_count, error)
+        self._counters.protocol_errors += 1
+        if not self._leave():
+            return
+        self._discard_bytes = secrets.randbelow(FATAL_DISCARD_BYTES + 1)
+        span_ms = (FATAL_DISCARD_MAX_S - FATAL_DISCARD_MIN_S) * 1000
+        wait_s = FATAL_DISCARD_MIN_S + secrets.randbelow(span_ms + 1) / 1000
+        self._close_timer = self._loop.call_later(wait_s, self._end_discarding)
+        self._loop.add_reader(self._fd, self._discard)
+
+    def _discard(self) -> None:
+        try:
+            size = len(self._sock.recv(4096))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            size = 0
+        self._discard_bytes -= size
+        if not size or self._discard_bytes < 0:
+            self._end_discarding()
+
+    def _end_discarding(self) -> None:
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._loop.remove_reader(self._fd)
+        self._sock.close()
+
+
+def idle_owners(owners: Iterable[StreamOwner | None], oldest_tick: int) -> list[StreamOwner]:
+    """Those that moved no byte since before ``oldest_tick``."""
+    return [owner for owner in owners if owner is not None and owner.last_tick < oldest_tick]
+
+
+def _code_name(code: int) -> str:
+    try:
+        return Code(code).name.lower().replace("_", " ")
+    except ValueError:
+        return f"code {code}"

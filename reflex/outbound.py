@@ -1,0 +1,259 @@
+"""The client daemon: the story of a connection that leaves.
+
+    app -> SOCKS5 -> relay -> session -> encoder (record sealed) -> TUNNEL -> decoder -> session -> relay -> target
+
+1. A listener accepts an application; a :class:`Visitor` learns where it wants to go.
+2. The :class:`Connector` gives it a tunnel: one that is kept and has room, or a new one, which is
+   dialled and shakes hands.
+3. The visitor opens a stream and becomes its :class:`DoorRelay`.
+4. A tunnel whose last stream has ended is kept for the next, for a while.
+5. Draining: nothing new is accepted; tunnels close with their last stream; what is left after
+   ``drain_s`` is reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from reflex.config import ListenSettings, OutboundSettings, ServerSettings
+from reflex.errors import ConfigError, StartError
+from reflex.metrics import Counters, statistics_json
+from reflex.net import dial
+from reflex.net.connector import Connector
+from reflex.net.doors import Door, Visitor
+from reflex.net.listener import Listener
+from reflex.net.server import Server
+from reflex.net.tunnel import Tunnel
+from reflex.net.tunnels import TunnelPool
+from reflex.protocol.address import Address
+from reflex.protocol.handshake import ClientCredentials, SessionSecrets
+from reflex.protocol.pools import Pools
+from reflex.protocol.session import Session
+from reflex.protocol.window import Budget
+from reflex.protocol.wire import Code, Suite
+
+log = logging.getLogger(__name__)
+
+EXPIRY_INTERVAL_S: Final = 1.0  # how often idle tunnels are looked at
+_AES_FLAGS: Final = ("aes", "pmull")  # x86's AES-NI; ARMv8's, where GCM needs both AES and PMULL
+
+
+class Outbound:
+    """The client daemon. ``start``, then ``drain`` or ``abort``; see :class:`reflex.daemon.Daemon`."""
+
+    def __init__(self, settings: OutboundSettings) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._pools = Pools()
+        self._counters = Counters()
+        self._budget = Budget()
+        self._tunnels: TunnelPool[Tunnel] = TunnelPool(
+            max_idle=settings.pool.max_idle,
+            idle_timeout_s=settings.pool.idle_timeout_s,
+            max_streams=settings.pool.max_streams,
+        )
+        self._connector = Connector(
+            self._loop,
+            [self._server(each, position) for position, each in enumerate(settings.servers)],
+            self._tunnels,
+            self._make_tunnel,
+            max_tunnels=settings.pool.max_tunnels,
+            max_streams=settings.pool.max_streams,
+        )
+        self._listeners: list[Listener] = []
+        self._visitors: set[Visitor] = set()
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self._is_draining = False
+        self._all_ended = asyncio.Event()
+
+    def _server(self, server: ServerSettings, position: int) -> Server:
+        try:
+            credentials = ClientCredentials(server.public_key, server.user_id.bytes, server.user_key.reveal())
+        except ConfigError as error:
+            raise StartError(f"servers[{position}]: {error}") from None
+        return Server(
+            Address.of(server.address.host, server.address.port),
+            credentials,
+            cipher_suite(server.cipher),
+            pools=self._pools,
+            connect_timeout_s=self._settings.limits.connect_timeout_s,
+            handshake_timeout_s=self._settings.limits.handshake_timeout_s,
+            nodelay=self._settings.tcp.nodelay,
+            keepalive_s=self._settings.tcp.keepalive_s,
+        )
+
+    async def start(self) -> Sequence[str]:
+        """Listen. Returns every address; raises StartError, with nothing left listening."""
+        try:
+            for listen in self._settings.listen:
+                self._listeners.append(
+                    Listener(self._loop, listen.address.host, listen.address.port, self._accepter(listen))
+                )
+        except StartError:
+            self._stop_listening()
+            raise
+        self._expiry_timer = self._loop.call_later(EXPIRY_INTERVAL_S, self._expire)
+        return [listener.address for listener in self._listeners]
+
+    # 1. An application arrives.
+
+    def _accepter(self, listen: ListenSettings) -> Callable[[socket.socket], None]:
+        credentials = None
+        if listen.username is not None and listen.password is not None:
+            credentials = (listen.username.encode(), listen.password.reveal())
+        target = None if listen.target is None else Address.of(listen.target.host, listen.target.port)
+        door = Door(
+            loop=self._loop,
+            connector=self._connector,
+            buffers=self._pools.buffers,
+            counters=self._counters,
+            greeting_timeout_s=self._settings.limits.handshake_timeout_s,
+            target=target,
+            credentials=credentials,
+            on_end=self._on_visitor_end,
+        )
+        return partial(self._on_accept, door)
+
+    def _on_accept(self, door: Door, sock: socket.socket) -> None:
+        if len(self._visitors) >= self._settings.limits.max_connections:
+            self._counters.connections_refused += 1
+            sock.close()
+            return
+        self._counters.connections_accepted += 1
+        try:
+            dial.set_options(sock, nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
+        except OSError:
+            sock.close()  # it left before it was looked at
+            return
+        visitor = Visitor(door, sock)
+        if not visitor.ended:
+            self._visitors.add(visitor)
+
+    def _on_visitor_end(self, visitor: Visitor) -> None:
+        self._visitors.discard(visitor)
+        self._check_all_ended()
+
+    # 2. It needs a tunnel.
+
+    def _make_tunnel(self, server: Server, sock: socket.socket, secrets: SessionSecrets) -> Tunnel:
+        session = Session.client(
+            secrets,
+            self._pools,
+            time_ms=int(time.time() * 1000),
+            now_s=self._loop.time(),
+            budget=self._budget,
+        )
+        tunnel = Tunnel(
+            self._loop,
+            sock,
+            session,
+            counters=self._counters,
+            idle_timeout_s=self._settings.limits.idle_timeout_s,
+            label=str(server.address),
+            on_end=partial(self._on_tunnel_end, server),
+            on_settings=server.learn_time,
+            on_stream_end=self._on_stream_end,
+        )
+        self._counters.handshakes_completed += 1
+        self._tunnels.add(server, tunnel)
+        log.debug("%s: tunnel opened", server.address)
+        return tunnel
+
+    def _on_tunnel_end(self, server: Server, tunnel: Tunnel) -> None:
+        self._tunnels.remove(server, tunnel)
+        self._check_all_ended()
+
+    # 4. A stream has ended; its tunnel is kept.
+
+    def _on_stream_end(self, tunnel: Tunnel) -> None:
+        self._tunnels.release(tunnel, self._loop.time())
+        if not tunnel.stream_count and (self._is_draining or not tunnel.has_room):
+            tunnel.close(Code.NONE)
+        else:
+            self._connector.room_was_made()
+
+    def _expire(self) -> None:
+        for _, tunnel in self._tunnels.expire(self._loop.time()):
+            tunnel.close(Code.IDLE)
+        self._expiry_timer = self._loop.call_later(EXPIRY_INTERVAL_S, self._expire)
+
+    # 5. The end.
+
+    async def drain(self) -> None:
+        """No new work; running connections get ``drain_s``, then they are reset."""
+        self._is_draining = True
+        self._stop_listening()
+        for visitor in list(self._visitors):
+            if not visitor.has_stream:
+                visitor.end()
+        self._connector.close()
+        for tunnel in self._tunnels:
+            self._on_stream_end(tunnel)
+        self._check_all_ended()
+        try:
+            async with asyncio.timeout(self._settings.limits.drain_s):
+                await self._all_ended.wait()
+        except TimeoutError:
+            log.info(
+                "%d connections were still open after %g s: reset", len(self._visitors), self._settings.limits.drain_s
+            )
+            for visitor in list(self._visitors):
+                visitor.end()
+            for tunnel in self._tunnels:
+                tunnel.close(Code.SHUTTING_DOWN)
+            await self._all_ended.wait()
+        self.report()
+
+    def abort(self) -> None:
+        """End everything at once."""
+        self._stop_listening()
+        for visitor in list(self._visitors):
+            visitor.end()
+        for tunnel in self._tunnels:
+            tunnel.cut("stopped")
+
+    def report(self) -> None:
+        """Log the counters and the pools' figures, as one line of JSON."""
+        gauges = {
+            "connections": len(self._visitors),
+            "tunnels": len(self._tunnels),
+            "idle_tunnels": self._tunnels.idle_count(),
+            "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
+            "buffered_bytes": self._budget.buffered,
+        }
+        log.info("statistics: %s", statistics_json(self._counters, self._pools.statistics(), gauges))
+
+    def _stop_listening(self) -> None:
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def _check_all_ended(self) -> None:
+        if self._is_draining and not self._visitors and not len(self._tunnels):
+            self._all_ended.set()
+
+
+def cipher_suite(cipher: str) -> Suite:
+    """The suite that a ``cipher`` setting names; "auto" is AES where the processor has instructions for it."""
+    if cipher == "auto":
+        return Suite.AES_256_GCM if _has_aes() else Suite.CHACHA20_POLY1305
+    return {"aes-256-gcm": Suite.AES_256_GCM, "chacha20-poly1305": Suite.CHACHA20_POLY1305}[cipher]
+
+
+def _has_aes() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").lower().split()
+    except OSError:
+        return True  # not Linux: what runs there today has it
+    is_arm = "features" in flags
+    return all(flag in flags for flag in (_AES_FLAGS if is_arm else _AES_FLAGS[:1]))

@@ -1,0 +1,307 @@
+"""Pools of buffers and of objects: borrow, use, return in ``finally``.
+
+Strategy. A pool lends an object and remembers, by identity, that it did: so a double or a foreign
+return is seen at once, and what is in use is counted exactly. Taking is lock-free: ``list.pop`` and
+storing into a dict are each one atomic operation in CPython. Returning takes the pool's lock once,
+around what must agree with each other: the counters and the bound of the free list. All other
+figures are derived from those when somebody asks, which is why statistics are always on.
+
+Buffers are lent as writable memoryviews over bytearrays: a slice of one copies nothing, and its size
+cannot change while it is lent. The part that was used is wiped on return, before the buffer can be
+lent again; a return that does not say how much was used wipes all of it.
+
+The environment variable ``REFLEX_POOL_DEBUG=1`` makes every pool record who holds an object, and
+report what was never returned when the process ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Final, Generic, TypeVar
+
+from reflex.errors import ForeignBuffer, PoolError, WrongSize
+
+T = TypeVar("T")
+
+TIER_SIZES: Final = (2_048, 8_192, 32_768, 131_072)
+# What each tier may keep free: about 2, 2, 4 and 8 MiB, enough for the burst of one loop turn.
+TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 128, 131_072: 64}
+HOLDER_FRAMES: Final = 4  # call frames that the debug switch keeps of a holder
+
+_debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """One pool's figures. ``acquired == hits + misses == released + in_use``.
+
+    ``created`` counts every object ever made, preallocated ones too. While other threads borrow and
+    return, figures of one snapshot may be a call apart from each other.
+    """
+
+    acquired: int
+    released: int
+    created: int
+    hits: int
+    misses: int
+    hit_rate: float
+    in_use: int
+    free: int
+    high_water: int
+
+
+class Pool(Generic[T]):
+    """What all pools share: lending by identity, a bounded free list, statistics.
+
+    Args:
+        name: for errors and reports.
+        make: creates an object when none is free.
+        max_free: how many returned objects are kept; what is over goes to the allocator.
+        preallocate: how many to create at once.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_created",
+        "_free",
+        "_high_water",
+        "_holders",
+        "_lent",
+        "_lock",
+        "_make",
+        "_misses",
+        "_released",
+        "max_free",
+        "name",
+    )
+
+    def __init__(self, name: str, make: Callable[[], T], *, max_free: int, preallocate: int = 0) -> None:
+        if max_free < 0 or preallocate < 0 or preallocate > max_free:
+            raise PoolError(
+                f"{name}: max_free {max_free} and preallocate {preallocate}; expected 0 <= preallocate <= max_free"
+            )
+        self.name = name
+        self.max_free = max_free
+        self._make = make
+        self._lock = Lock()
+        self._free: list[T] = [make() for _ in range(preallocate)]
+        self._lent: dict[int, T] = {}
+        self._created = preallocate
+        self._misses = 0
+        self._released = 0
+        self._high_water = 0
+        self._holders: dict[int, str] | None = None
+        if os.environ.get("REFLEX_POOL_DEBUG", "") not in ("", "0"):
+            self.record_holders()
+
+    def acquire(self) -> T:
+        """Lend an object. The caller owns it until it is returned by ``release``."""
+        try:
+            item = self._free.pop()
+        except IndexError:
+            item = self._make()
+            with self._lock:
+                self._created += 1
+                self._misses += 1
+        lent = self._lent
+        lent[id(item)] = item
+        if len(lent) > self._high_water:
+            with self._lock:
+                self._high_water = max(self._high_water, len(lent))
+        if self._holders is not None:
+            self._holders[id(item)] = "".join(traceback.format_stack(limit=HOLDER_FRAMES)[:-1])
+        return item
+
+    def _keep(self, item: T) -> None:
+        """Count a return and put the object, already clean, back where it can be lent again."""
+        with self._lock:
+            self._released += 1
+            if len(self._free) < self.max_free:
+                self._free.append(item)
+        if self._holders is not None:
+            self._holders.pop(id(item), None)
+
+    @property
+    def in_use(self) -> int:
+        """How many objects are lent now."""
+        return len(self._lent)
+
+    def statistics(self) -> PoolStatistics:
+        """A snapshot of the pool's figures."""
+        with self._lock:
+            in_use = len(self._lent)
+            acquired = self._released + in_use
+            hits = acquired - self._misses
+            return PoolStatistics(
+                acquired=acquired,
+                released=self._released,
+                created=self._created,
+                hits=hits,
+                misses=self._misses,
+                hit_rate=hits / acquired if acquired else 0.0,
+                in_use=in_use,
+                free=len(self._free),
+                high_water=self._high_water,
+            )
+
+    def record_holders(self) -> None:
+        """From now on, remember where each object was borrowed (slow; for finding leaks)."""
+        if self._holders is None:
+            self._holders = {}
+            _debug_pools.add(self)  # type: ignore[arg-type]  # a set of pools of anything
+
+    def leaks(self) -> list[str]:
+        """Where each object that is lent now was borrowed; empty unless holders are recorded."""
+        return list((self._holders or {}).values())
+
+
+class BufferPool(Pool[memoryview]):
+    """A pool of buffers of one size.
+
+    Args:
+        size_bytes: of each buffer.
+        max_free: how many returned buffers are kept.
+        preallocate: how many to create at once.
+        name: for errors and reports; by default the size.
+    """
+
+    __slots__ = ("_zeros", "size_bytes")
+
+    def __init__(self, size_bytes: int, max_free: int, preallocate: int = 0, *, name: str = "") -> None:
+        if size_bytes < 1:
+            raise PoolError(f"a buffer of {size_bytes} bytes; expected 1 or more")
+        super().__init__(
+            name or f"pool of {size_bytes}-byte buffers",
+            lambda: memoryview(bytearray(size_bytes)),
+            max_free=max_free,
+            preallocate=preallocate,
+        )
+        self.size_bytes = size_bytes
+        self._zeros = memoryview(bytes(size_bytes))
+
+    def release(self, buffer: memoryview, used_bytes: int | None = None) -> None:
+        """Take a buffer back and wipe its first ``used_bytes`` (all of it where not given, nothing for 0).
+
+        Raises:
+            WrongSize: the buffer is of another size.
+            ForeignBuffer: it was not lent by this pool, or was already returned.
+            In both cases the pool is as it was.
+        """
+        if self._lent.pop(id(buffer), None) is None:
+            size_bytes = len(buffer)
+            if size_bytes != self.size_bytes:
+                raise WrongSize(self.name, size_bytes, self.size_bytes)
+            raise ForeignBuffer(self.name)
+        if used_bytes != 0:
+            buffer[:used_bytes] = self._zeros[:used_bytes]
+        self._keep(buffer)
+
+
+class ObjectPool(Pool[T]):
+    """A pool of objects of one kind.
+
+    Args:
+        make: creates one.
+        reset: makes a returned one as good as new; called on every return.
+        max_free: how many returned objects are kept.
+        name: for errors and reports.
+    """
+
+    __slots__ = ("_reset",)
+
+    def __init__(
+        self,
+        make: Callable[[], T],
+        reset: Callable[[T], None],
+        max_free: int,
+        preallocate: int = 0,
+        *,
+        name: str = "pool of objects",
+    ) -> None:
+        super().__init__(name, make, max_free=max_free, preallocate=preallocate)
+        self._reset = reset
+
+    def release(self, item: T) -> None:
+        """Take an object back and reset it.
+
+        Raises:
+            ForeignBuffer: it was not lent by this pool, or was already returned. The pool is as it was.
+        """
+        if self._lent.pop(id(item), None) is None:
+            raise ForeignBuffer(self.name)
+        self._reset(item)
+        self._keep(item)
+
+
+class TieredPool:
+    """Buffers of any size: the smallest tier that fits, above the top one an unpooled buffer.
+
+    Args:
+        max_free: how many buffers each tier keeps, by its size; ``0`` for all switches pooling off,
+            which is what a benchmark compares with.
+    """
+
+    __slots__ = ("_by_size", "_tiers", "_unpooled", "unpooled_created")
+
+    def __init__(self, max_free: dict[int, int] | int | None = None) -> None:
+        if max_free is None:
+            max_free = TIER_MAX_FREE
+        limits = dict.fromkeys(TIER_SIZES, max_free) if isinstance(max_free, int) else max_free
+        self._tiers = tuple(BufferPool(size, limits[size]) for size in TIER_SIZES)
+        self._by_size = {pool.size_bytes: pool for pool in self._tiers}
+        self._unpooled: dict[int, memoryview] = {}
+        self.unpooled_created = 0
+
+    def acquire(self, size_bytes: int) -> memoryview:
+        """Lend a buffer of at least ``size_bytes``. The caller owns it until it is returned."""
+        for pool in self._tiers:
+            if size_bytes <= pool.size_bytes:
+                return pool.acquire()
+        buffer = memoryview(bytearray(size_bytes))
+        self._unpooled[id(buffer)] = buffer
+        self.unpooled_created += 1
+        return buffer
+
+    def release(self, buffer: memoryview, used_bytes: int | None = None) -> None:
+        """Take a buffer back into the tier that it came from; see :meth:`BufferPool.release`."""
+        pool = self._by_size.get(len(buffer))
+        if pool is not None:
+            pool.release(buffer, used_bytes)
+        elif self._unpooled.pop(id(buffer), None) is None:
+            raise ForeignBuffer("tiered pool")
+
+    def tier(self, size_bytes: int) -> BufferPool:
+        """The pool of exactly this size, for callers that always need the same tier."""
+        return self._by_size[size_bytes]
+
+    @property
+    def in_use(self) -> int:
+        """How many buffers are lent now, unpooled ones included."""
+        return sum(pool.in_use for pool in self._tiers) + len(self._unpooled)
+
+    @property
+    def unpooled_in_use(self) -> int:
+        """How many buffers above the top tier are lent now."""
+        return len(self._unpooled)
+
+    def statistics(self) -> dict[str, PoolStatistics]:
+        """The figures of each tier, by its size."""
+        return {str(pool.size_bytes): pool.statistics() for pool in self._tiers}
+
+
+@atexit.register
+def report_leaks() -> int:
+    """Write to stderr what pools with recorded holders never got back; return how many that is."""
+    count = 0
+    for pool in list(_debug_pools):
+        for holder in pool.leaks():
+            count += 1
+            sys.stderr.write(f"{pool.name}: never returned, borrowed at\n{holder}")
+    return count

@@ -1,0 +1,661 @@
+"""Many streams over one connection: bytes in, events out; calls in, bytes out.
+
+Strategy. The session owns an encoder and a decoder and every rule of docs/protocol.md, section 5. It
+does no I/O: the application receives into :meth:`Session.receive_buffer`, draws :meth:`Session.events`,
+makes calls, and sends :meth:`Session.output`. It knows no clock: the application sets ``now_s``.
+
+What a peer may make this side keep is bounded: DATA by the windows, streams by the limit that SETTINGS
+announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over.
+
+Credit of a stream is given back when the application has consumed the bytes. Credit of the session is
+given back on arrival, so that one stream whose reader is slow does not stop the others, for as long as
+the process's budget of buffered bytes lasts; from there on it, too, waits for the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from reflex.errors import AddressError, FlowControlError, FrameError, ProtocolError, SessionClosed, StreamsExhausted
+from reflex.protocol import streams as st
+from reflex.protocol.address import Address, decode_address
+from reflex.protocol.events import Event, EventKind
+from reflex.protocol.frames import Frame, FrameDecoder, FrameEncoder
+from reflex.protocol.handshake import SessionSecrets
+from reflex.protocol.keys import CipherState
+from reflex.protocol.liveness import Liveness
+from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
+from reflex.protocol.pools import Pools
+from reflex.protocol.streams import Stream
+from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
+from reflex.protocol.wire import (
+    CODE,
+    DATAGRAM_BACKLOG,
+    DEFAULT_MAX_STREAMS,
+    FIRST_IGNORED_TYPE,
+    GOAWAY,
+    INCREMENT,
+    KEEPALIVE_S,
+    MAX_STREAM_ID,
+    PING_SIZE,
+    SESSION_WINDOW,
+    SETTING,
+    Code,
+    FrameType,
+    Network,
+    Setting,
+    Status,
+)
+
+# Answers and data that wait for a peer which does not read; far above what back-pressure lets wait.
+MAX_UNSENT_BYTES: Final = 1_048_576
+
+# Plain ints and bound names for what is asked for every frame.
+_DATA: Final = int(FrameType.DATA)
+_TCP: Final = Network.TCP
+_DATA_EVENT: Final = EventKind.DATA
+
+
+class Session:
+    """One session. Made by :meth:`client` or :meth:`server`; its SETTINGS are packed at once.
+
+    Attributes:
+        now_s: monotonic seconds; the application sets it before it draws events or reports
+            consumed bytes.
+        streams: the live streams by id.
+        peer_time_ms: the peer's clock when it sent its SETTINGS, ms since 1970; 0 until then.
+        close_sent, close_received: whether the session has ended cleanly, by this side or by the peer.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_decoder",
+        "_encoder",
+        "_event",
+        "_goaway_received",
+        "_goaway_sent",
+        "_highest_id",
+        "_is_client",
+        "_is_over",
+        "_liveness",
+        "_max_streams",
+        "_peer_max_streams",
+        "_receive_window",
+        "_send_window",
+        "_withheld",
+        "close_received",
+        "close_sent",
+        "now_s",
+        "peer_time_ms",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        secrets: SessionSecrets,
+        pools: Pools,
+        *,
+        is_client: bool,
+        time_ms: int,
+        now_s: float = 0.0,
+        max_streams: int = DEFAULT_MAX_STREAMS,
+        keepalive_s: float = KEEPALIVE_S,
+        budget: Budget | None = None,
+    ) -> None:
+        outgoing, incoming = secrets.root_client_to_server, secrets.root_server_to_client
+        if not is_client:
+            outgoing, incoming = incoming, outgoing
+        self._encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
+        self._decoder = FrameDecoder(CipherState(secrets.suite, incoming), pools.buffers, pools.frames)
+        self._event = Event()
+        self._is_client = is_client
+        self._budget = budget or Budget()
+        self.streams: dict[int, Stream] = {}
+        self._highest_id = -1  # of the client's streams: the last one opened
+        self._max_streams = 0 if is_client else max_streams  # what the peer may have open
+        self._peer_max_streams = DEFAULT_MAX_STREAMS
+        self._send_window = SendWindow(SESSION_WINDOW)
+        self._receive_window = ReceiveWindow(SESSION_WINDOW)
+        self._withheld = 0  # received bytes whose session credit waits for the reader
+        self.now_s = now_s
+        self._liveness = Liveness(keepalive_s, now_s)
+        self.peer_time_ms = 0
+        self._goaway_sent = False
+        self._goaway_received = False
+        self._is_over = False
+        self.close_sent = False
+        self.close_received = False
+        self._encoder.write(
+            FrameType.SETTINGS,
+            0,
+            SETTING.pack(Setting.MAX_STREAMS, self._max_streams)
+            + SETTING.pack(Setting.TIME_MS, time_ms)
+            + SETTING.pack(Setting.KEEPALIVE_MS, int(keepalive_s * 1000)),
+        )
+
+    @classmethod
+    def client(
+        cls,
+        secrets: SessionSecrets,
+        pools: Pools,
+        *,
+        time_ms: int,
+        now_s: float = 0.0,
+        keepalive_s: float = KEEPALIVE_S,
+        budget: Budget | None = None,
+    ) -> Session:
+        """The half that connects and opens streams.
+
+        Args:
+            secrets: what the handshake gave.
+            pools: where every buffer is borrowed.
+            time_ms: this machine's clock, ms since 1970, for SETTINGS.
+            now_s: monotonic seconds.
+            keepalive_s: after how long without sending a PING is due.
+            budget: what all sessions of the process share; by default one of its own.
+        """
+        return cls(
+            secrets,
+            pools,
+            is_client=True,
+            time_ms=time_ms,
+            now_s=now_s,
+            keepalive_s=keepalive_s,
+            budget=budget,
+        )
+
+    @classmethod
+    def server(
+        cls,
+        secrets: SessionSecrets,
+        pools: Pools,
+        *,
+        time_ms: int,
+        now_s: float = 0.0,
+        max_streams: int = DEFAULT_MAX_STREAMS,
+        keepalive_s: float = KEEPALIVE_S,
+        budget: Budget | None = None,
+    ) -> Session:
+        """The half that accepts. ``max_streams``: how many the client may have open; the rest as for a client."""
+        return cls(
+            secrets,
+            pools,
+            is_client=False,
+            time_ms=time_ms,
+            now_s=now_s,
+            max_streams=max_streams,
+            keepalive_s=keepalive_s,
+            budget=budget,
+        )
+
+    # Bytes in, events out.
+
+    def receive_buffer(self) -> memoryview:
+        """Where to receive the next bytes; see :meth:`FrameDecoder.receive_buffer`."""
+        return self._decoder.receive_buffer()
+
+    def received(self, size_bytes: int) -> None:
+        """So many bytes were received into :meth:`receive_buffer` (0: none, the buffer goes back)."""
+        self._decoder.received(size_bytes)
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Event]:
+        """Take bytes of any length and give out their events: the convenient way, at the price of a copy."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._decoder.feed(rest) :]
+            yield from self.events()
+
+    def events(self) -> Iterator[Event]:
+        """Give out what the received bytes say. To be drawn to the end.
+
+        The event object, and its ``data``, are valid until the next one is drawn.
+
+        Raises:
+            ProtocolError: fatal (protocol section 5): call :meth:`close_buffers`, send nothing more.
+        """
+        self._liveness.received_s = self.now_s
+        event = self._event
+        live = self.streams
+        session_window = self._receive_window
+        budget = self._budget
+        for frame in self._decoder:
+            if self.close_received:
+                continue  # the peer promised to send nothing more; what comes all the same says nothing
+            if frame.type == _DATA:
+                size = len(frame.payload)
+                if not size:
+                    raise FrameError("an empty DATA frame")
+                stream = live.get(frame.stream_id)
+                session_window.receive(size)
+                if stream is None:
+                    self._discard_late(frame.stream_id, size)
+                    continue
+                if not st.MAY_RECEIVE[stream.state] or stream.network != _TCP:
+                    raise FrameError(f"DATA on {stream!r}")
+                stream.receive_window.receive(size)
+                stream.held_bytes += size
+                budget.buffered += size
+                if budget.buffered <= budget.buffered_limit:
+                    self._give_session_credit(size)
+                else:
+                    self._withheld += size
+                event.kind = _DATA_EVENT
+                event.stream = stream
+                event.data = frame.payload
+                yield event
+                continue
+            handler = _HANDLERS.get(frame.type)
+            if handler is not None:
+                yield from handler(self, frame)
+            elif frame.type < FIRST_IGNORED_TYPE:
+                raise FrameError(f"a frame of unknown type {frame.type:#04x}")
+            if self._encoder.unsent_bytes > MAX_UNSENT_BYTES:
+                raise ProtocolError("the peer asks for answers and does not read them")
+
+    def _discard_late(self, stream_id: int, size_bytes: int) -> None:
+        """Bytes for a stream that has ended: the session's credit goes back at once."""
+        self._check_was_opened(stream_id)
+        self._give_session_credit(size_bytes)
+
+    def _check_was_opened(self, stream_id: int) -> None:
+        # Ids of the client are odd and rising; version 1's server opens none.
+        if stream_id % 2 == 0 or stream_id > self._highest_id:
+            raise FrameError(f"a frame for stream {stream_id}, which was never opened")
+
+    def _give_session_credit(self, size_bytes: int) -> None:
+        window = self._receive_window
+        if window.release(size_bytes):
+            self._encoder.write(FrameType.WINDOW, 0, INCREMENT.pack(window.update(self.now_s)))
+
+    # One handler for each frame type but DATA. Each checks what section 5's table says of it.
+
+    def _on_pad(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        return iter(())
+
+    def _on_data_fin(self, frame: Frame) -> Iterator[Event]:
+        size = len(frame.payload)
+        stream = self._stream_of(frame)
+        self._receive_window.receive(size)
+        if stream is None:
+            self._give_session_credit(size)
+            return
+        if not stream.can(st.RECEIVE_FIN) or stream.network != _TCP:
+            raise FrameError(f"DATA_FIN on {stream!r}")
+        stream.receive_window.receive(size)
+        self._give_session_credit(size)
+        if size:
+            stream.held_bytes += size
+            self._budget.buffered += size
+            event = self._event.set(EventKind.DATA, stream)
+            event.data = frame.payload
+            yield event
+        if stream.can(st.RECEIVE_FIN):  # the application may have reset it while it had the data
+            stream.move(st.RECEIVE_FIN)
+            self._forget_if_closed(stream)
+            yield self._event.set(EventKind.FIN, stream)
+
+    def _on_reset(self, frame: Frame) -> Iterator[Event]:
+        check_size(frame, CODE.size)
+        stream = self._stream_of(frame)
+        if stream is not None:
+            stream.move(st.RECEIVE_RESET)
+            self._forget_if_closed(stream)
+            yield self._event.set(EventKind.RESET, stream, CODE.unpack(frame.payload)[0])
+
+    def _on_window(self, frame: Frame) -> Iterator[Event]:
+        check_size(frame, INCREMENT.size)
+        increment = INCREMENT.unpack(frame.payload)[0]
+        if frame.stream_id == 0:
+            was_shut = self._send_window.available == 0
+            self._send_window.add(increment)
+            if was_shut:
+                yield self._event.set(EventKind.WRITABLE)
+            return
+        stream = self._stream_of(frame)
+        if stream is None:
+            if increment < 1:
+                raise FlowControlError("a window raised by 0")
+            return
+        was_shut = stream.send_window.available == 0
+        stream.send_window.add(increment)
+        if was_shut and stream.may_send:
+            yield self._event.set(EventKind.WRITABLE, stream)
+
+    def _on_open(self, frame: Frame) -> Iterator[Event]:
+        stream_id = frame.stream_id
+        if self._is_client or stream_id % 2 == 0 or stream_id <= self._highest_id:
+            raise FrameError(f"OPEN of stream {stream_id}: an id that the peer may not use, or has used")
+        network, address, status = read_open(frame)
+        self._highest_id = stream_id
+        if self._goaway_sent:
+            self._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.SHUTTING_DOWN))
+        elif len(self.streams) >= self._max_streams:
+            self._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.LIMIT))
+        elif status or network is None:
+            self._encoder.write(FrameType.OPENED, stream_id, bytes([status]))
+        else:
+            stream = self.streams[stream_id] = Stream(stream_id, st.CALLED, network)
+            event = self._event.set(EventKind.OPEN, stream)
+            event.address = address
+            yield event
+
+    def _on_opened(self, frame: Frame) -> Iterator[Event]:
+        check_size(frame, 1)
+        stream = self._stream_of(frame)
+        if stream is None:
+            return
+        status = frame.payload[0]
+        event = st.RECEIVE_OPENED if status == Status.SUCCEEDED else st.RECEIVE_REFUSAL
+        if not stream.can(event):
+            raise FrameError(f"OPENED on {stream!r}")
+        stream.move(event)
+        self._forget_if_closed(stream)
+        yield self._event.set(EventKind.REFUSED if stream.is_closed else EventKind.OPENED, stream, status)
+
+    def _on_datagram(self, frame: Frame) -> Iterator[Event]:
+        stream = self._stream_of(frame)
+        try:
+            address, end = decode_address(frame.payload)
+        except AddressError:
+            raise FrameError("a DATAGRAM whose address is none") from None
+        if stream is None:
+            return
+        if stream.network == _TCP:
+            raise FrameError(f"DATAGRAM on {stream!r}, which is no UDP stream")
+        data = frame.payload[end:]
+        if stream.held_bytes + len(data) > DATAGRAM_BACKLOG:
+            return
+        stream.held_bytes += len(data)
+        self._budget.buffered += len(data)
+        event = self._event.set(EventKind.DATAGRAM, stream)
+        event.data = data
+        event.address = address
+        yield event
+
+    def _on_ping(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        check_size(frame, PING_SIZE)
+        self._encoder.write(FrameType.PONG, 0, frame.payload)
+        return iter(())
+
+    def _on_pong(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        check_size(frame, PING_SIZE)
+        self._liveness.pong(frame.payload, self.now_s)
+        return iter(())
+
+    def _on_settings(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        for setting, value in read_settings(frame):
+            if setting == Setting.MAX_STREAMS:
+                self._peer_max_streams = value
+            elif setting == Setting.TIME_MS:
+                self.peer_time_ms = value
+            elif setting == Setting.KEEPALIVE_MS:
+                self._liveness.set_peer_interval(value)
+        yield self._event.set(EventKind.SETTINGS)
+
+    def _on_goaway(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        check_size(frame, GOAWAY.size)
+        last_id, code = GOAWAY.unpack(frame.payload)
+        self._goaway_received = True
+        yield self._event.set(EventKind.GOAWAY, None, code)
+        if self._is_client:
+            for stream in [stream for stream_id, stream in self.streams.items() if stream_id > last_id]:
+                if not stream.is_closed:
+                    stream.move(st.RECEIVE_RESET)
+                    self._forget_if_closed(stream)
+                    yield self._event.set(EventKind.RESET, stream, code)
+
+    def _on_close(self, frame: Frame) -> Iterator[Event]:
+        check_session_frame(frame)
+        check_size(frame, CODE.size)
+        self.close_received = True
+        yield self._event.set(EventKind.CLOSED, None, CODE.unpack(frame.payload)[0])
+
+    def _stream_of(self, frame: Frame) -> Stream | None:
+        """The frame's stream; None where it has ended.
+
+        Raises:
+            FrameError: there never was one.
+        """
+        stream = self.streams.get(frame.stream_id)
+        if stream is None:
+            self._check_was_opened(frame.stream_id)
+        return stream
+
+    # Calls of the application.
+
+    @property
+    def has_room(self) -> bool:
+        """Whether :meth:`open` would be allowed."""
+        return (
+            not (self._goaway_received or self._goaway_sent or self.close_sent or self.close_received)
+            and len(self.streams) < self._peer_max_streams
+            and self._highest_id + 2 <= MAX_STREAM_ID
+        )
+
+    def open(self, address: Address | None, network: Network = Network.TCP) -> Stream:
+        """Open a stream; DATA may follow at once.
+
+        Args:
+            address: the target; None for UDP.
+            network: TCP or UDP.
+
+        Raises:
+            SessionClosed: the session takes no new streams.
+            StreamsExhausted: the peer's limit is reached, or the ids have run out.
+        """
+        if not self._is_client or self._goaway_received or self._goaway_sent or self.close_sent or self.close_received:
+            raise SessionClosed("this session opens no new streams")
+        if not self.has_room:
+            raise StreamsExhausted(f"{len(self.streams)} streams are open, the peer allows {self._peer_max_streams}")
+        self._highest_id += 2
+        stream = self.streams[self._highest_id] = Stream(self._highest_id, st.CALLING, network)
+        target = b"" if address is None else address.encode()
+        self._encoder.write(FrameType.OPEN, stream.id, bytes([network]) + target)
+        return stream
+
+    def accept(self, stream: Stream) -> None:
+        """Answer OPEN: the target is connected."""
+        stream.move(st.SEND_OPENED)
+        self._encoder.write(FrameType.OPENED, stream.id, bytes([Status.SUCCEEDED]))
+
+    def refuse(self, stream: Stream, status: Status) -> None:
+        """Answer OPEN: there will be no stream, for this reason."""
+        stream.move(st.SEND_REFUSAL)
+        self._encoder.write(FrameType.OPENED, stream.id, bytes([status]))
+        self._forget_if_closed(stream)
+
+    def reserve(self, stream: Stream, wanted_bytes: int) -> memoryview | None:
+        """Room to receive DATA into, straight into its place; then :meth:`commit` what was filled.
+
+        Args:
+            stream: one that may send.
+            wanted_bytes: how much at the most, 1 to MAX_PAYLOAD_SIZE.
+
+        Returns:
+            The view, valid until the next call of any other method; shorter where a window or the
+            record ends. None where a window is used up: a WRITABLE event follows.
+        """
+        window_bytes = min(stream.send_window.available, self._send_window.available)
+        if window_bytes <= 0:
+            return None
+        return self._encoder.reserve(min(wanted_bytes, window_bytes))
+
+    def commit(self, stream: Stream, size_bytes: int) -> None:
+        """The first ``size_bytes`` of the reserved view are DATA of the stream.
+
+        Raises:
+            StreamStateError: the stream has ended sending.
+            WindowExceeded: more than was reserved.
+        """
+        if not st.MAY_SEND[stream.state]:
+            stream.move(st.SEND_DATA)
+        self._encoder.commit(_DATA, stream.id, size_bytes)
+        stream.send_window.take(size_bytes)
+        self._send_window.take(size_bytes)
+
+    def send(self, stream: Stream, data: bytes | memoryview) -> int:
+        """Send as much of ``data`` as the windows allow, copying it; return how many bytes that was."""
+        rest = memoryview(data)
+        while rest and (room := self.reserve(stream, min(len(rest), 65_536))) is not None:
+            size = min(len(room), len(rest))
+            room[:size] = rest[:size]
+            self.commit(stream, size)
+            rest = rest[size:]
+        return len(data) - len(rest)
+
+    def finish(self, stream: Stream) -> None:
+        """This side has sent its last on the stream."""
+        stream.move(st.SEND_FIN)
+        self._encoder.write(FrameType.DATA_FIN, stream.id)
+        self._forget_if_closed(stream)
+
+    def send_datagram(self, stream: Stream, address: Address, data: bytes) -> None:
+        """Send one datagram on a UDP stream."""
+        stream.move(st.SEND_DATA)
+        self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
+
+    def reset(self, stream: Stream, code: Code) -> None:
+        """End the stream in both directions; nothing where it has ended."""
+        if not stream.is_closed:
+            stream.move(st.SEND_RESET)
+            self._encoder.write(FrameType.RESET, stream.id, CODE.pack(code))
+            self._forget_if_closed(stream)
+
+    def consumed(self, stream: Stream, size_bytes: int) -> None:
+        """The application is done with so many bytes of the stream: the peer may send as many more."""
+        stream.held_bytes -= size_bytes
+        self._budget.buffered -= size_bytes
+        if self._is_over:
+            return
+        if self._withheld:
+            size = min(self._withheld, size_bytes)
+            self._withheld -= size
+            self._give_session_credit(size)
+        if st.MAY_RECEIVE[stream.state] and stream.network == _TCP and stream.receive_window.release(size_bytes):
+            self._update_stream_window(stream)
+
+    def _update_stream_window(self, stream: Stream) -> None:
+        window = stream.receive_window
+        liveness = self._liveness
+        growth = min(window.size, MAX_STREAM_RECEIVE_WINDOW - window.size)
+        if growth and window.wants_growth(self.now_s, liveness.round_trip_s) and self._budget.take_growth(growth):
+            window.grow(growth)
+            stream.grown_bytes += growth
+            # The session's window grows along, or it would be the limit instead.
+            self._receive_window.grow(growth)
+            self._give_session_credit(0)
+        if liveness.measurement_is_due(self.now_s):
+            self.ping()
+        self._encoder.write(FrameType.WINDOW, stream.id, INCREMENT.pack(window.update(self.now_s)))
+
+    def _forget_if_closed(self, stream: Stream) -> None:
+        if stream.is_closed:
+            del self.streams[stream.id]
+            if stream.grown_bytes:
+                self._budget.give_growth(stream.grown_bytes)
+                self._receive_window.grow(-stream.grown_bytes)
+                stream.grown_bytes = 0
+
+    def ping(self) -> None:
+        """Send a PING; its PONG tells the round trip."""
+        self._encoder.write(FrameType.PING, 0, self._liveness.next_ping(self.now_s))
+
+    @property
+    def round_trip_s(self) -> float:
+        """The running mean of measured round trips; 0.0 until one was measured."""
+        return self._liveness.round_trip_s
+
+    def go_away(self, code: Code) -> None:
+        """Take no new streams; those that are open go on."""
+        if not self._goaway_sent:
+            self._goaway_sent = True
+            last_id = 0 if self._is_client else max(self._highest_id, 0)
+            self._encoder.write(FrameType.GOAWAY, 0, GOAWAY.pack(last_id, code))
+
+    def close(self, code: Code) -> None:
+        """End the session cleanly: nothing is sent after this. Streams that are open are lost."""
+        if not self.close_sent:
+            self._encoder.write(FrameType.CLOSE, 0, CODE.pack(code))
+            self.close_sent = True
+
+    def is_dead(self) -> bool:
+        """To be asked every second or so, with ``now_s`` set: whether the peer is dead.
+
+        Packs a PING where one is due; the application then sends :meth:`output`.
+        """
+        if self._liveness.is_dead(self.now_s):
+            return True
+        if self._liveness.ping_is_due(self.now_s):
+            self.ping()
+        return False
+
+    # Bytes out.
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that are packed or sealed and not yet sent."""
+        return self._encoder.unsent_bytes
+
+    @property
+    def has_output(self) -> bool:
+        """Whether sealed bytes wait to be sent."""
+        return self._encoder.has_output
+
+    def seal(self) -> None:
+        """Seal what is packed: to be called once a turn, before :meth:`output`."""
+        self._liveness.sent_s = self.now_s
+        self._encoder.seal()
+
+    def output(self) -> memoryview | None:
+        """The next sealed bytes to send; see :meth:`FrameEncoder.output`."""
+        return self._encoder.output()
+
+    def sent(self, size_bytes: int) -> None:
+        """So many bytes of :meth:`output` were sent."""
+        self._encoder.sent(size_bytes)
+
+    def data_to_send(self) -> bytes:
+        """Seal, and take everything that waits: the convenient way, at the price of a copy."""
+        self.seal()
+        parts = []
+        while (part := self.output()) is not None:
+            parts.append(bytes(part))
+            self.sent(len(part))
+        return b"".join(parts)
+
+    def close_buffers(self) -> None:
+        """Give every buffer and all growth back; every stream is closed.
+
+        After this only :meth:`consumed` may be called, for what streams had received before.
+        """
+        self._encoder.close()
+        self._decoder.close()
+        self._is_over = True
+        self._goaway_received = True
+        for stream in list(self.streams.values()):
+            self._budget.give_growth(stream.grown_bytes)
+            stream.grown_bytes = 0
+            stream.state = st.CLOSED
+        self.streams.clear()
+
+
+_HANDLERS: Final[dict[int, Callable[[Session, Frame], Iterator[Event]]]] = {
+    FrameType.PAD: Session._on_pad,
+    FrameType.DATA_FIN: Session._on_data_fin,
+    FrameType.RESET: Session._on_reset,
+    FrameType.WINDOW: Session._on_window,
+    FrameType.OPEN: Session._on_open,
+    FrameType.OPENED: Session._on_opened,
+    FrameType.DATAGRAM: Session._on_datagram,
+    FrameType.PING: Session._on_ping,
+    FrameType.PONG: Session._on_pong,
+    FrameType.SETTINGS: Session._on_settings,
+    FrameType.GOAWAY: Session._on_goaway,
+    FrameType.CLOSE: Session._on_close,
+}

@@ -1,0 +1,128 @@
+"""Flow-control arithmetic (docs/protocol.md, section 5, "Flow control").
+
+Two windows for each stream and each session: what may still be sent, and what the peer may still
+send. The receiving one grows by itself: where the reader empties half a window faster than a round
+trip or two can refill it, the window and not the network is the limit, and it doubles, up to a bound
+for the stream and a budget for all of the process.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from reflex.errors import FlowControlError, WindowExceeded
+from reflex.protocol.wire import MAX_WINDOW
+
+MAX_STREAM_RECEIVE_WINDOW: Final = 16 * 1024 * 1024
+GROWTH_BUDGET: Final = 256 * 1024 * 1024  # what all windows of a process may have grown together
+BUFFER_BUDGET: Final = 256 * 1024 * 1024  # received bytes that wait for their reader, in a process
+# Half a window emptied within this many round trips: the reader waits for credit, not for the network.
+GROWTH_ROUND_TRIPS: Final = 2.0
+
+
+class Budget:
+    """What all sessions of a process share: window growth, and received bytes not yet taken.
+
+    Plain counters for one thread: the one that runs the sessions.
+    """
+
+    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit")
+
+    def __init__(self, *, growth_limit: int = GROWTH_BUDGET, buffered_limit: int = BUFFER_BUDGET) -> None:
+        self.growth = 0
+        self.growth_limit = growth_limit
+        self.buffered = 0
+        self.buffered_limit = buffered_limit
+
+    def take_growth(self, size_bytes: int) -> bool:
+        """Reserve window growth; False, and nothing reserved, where the budget does not hold it."""
+        if self.growth + size_bytes > self.growth_limit:
+            return False
+        self.growth += size_bytes
+        return True
+
+    def give_growth(self, size_bytes: int) -> None:
+        """Return growth that :meth:`take_growth` reserved."""
+        self.growth -= size_bytes
+
+
+class SendWindow:
+    """What may still be sent, in payload bytes."""
+
+    __slots__ = ("available",)
+
+    def __init__(self, size_bytes: int) -> None:
+        self.available = size_bytes
+
+    def take(self, size_bytes: int) -> None:
+        """Count bytes that are sent.
+
+        Raises:
+            WindowExceeded: more than is available; nothing is counted.
+        """
+        if size_bytes > self.available:
+            raise WindowExceeded(size_bytes, self.available)
+        self.available -= size_bytes
+
+    def add(self, increment_bytes: int) -> None:
+        """Count a WINDOW frame.
+
+        Raises:
+            FlowControlError: the increment is 0, or the window would pass 2³¹ − 1.
+        """
+        if increment_bytes < 1 or self.available + increment_bytes > MAX_WINDOW:
+            raise FlowControlError(
+                f"a window of {self.available} bytes raised by {increment_bytes}; at most {MAX_WINDOW} are allowed"
+            )
+        self.available += increment_bytes
+
+
+class ReceiveWindow:
+    """What the peer may still send, in payload bytes.
+
+    ``available + owed + held == size``, where ``owed`` is credit that the peer may have but was not
+    told of, and ``held`` what was received and not yet released by its reader (counted by the caller).
+    """
+
+    __slots__ = ("available", "owed", "size", "updated_s")
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size = size_bytes
+        self.available = size_bytes
+        self.owed = 0
+        self.updated_s = 0.0
+
+    def receive(self, size_bytes: int) -> None:
+        """Count bytes that arrived.
+
+        Raises:
+            FlowControlError: the peer overran the window.
+        """
+        if size_bytes > self.available:
+            raise FlowControlError(f"{size_bytes} bytes arrived for a window of {self.available}")
+        self.available -= size_bytes
+
+    def release(self, size_bytes: int) -> bool:
+        """Count bytes that need no room any more; True where the peer should be told now.
+
+        That is at half a window: often enough that the peer never waits, rarely enough to cost nothing.
+        """
+        self.owed += size_bytes
+        return 2 * self.owed >= self.size
+
+    def wants_growth(self, now_s: float, round_trip_s: float) -> bool:
+        """Whether half a window went by so fast that the window itself is the limit."""
+        return now_s - self.updated_s < GROWTH_ROUND_TRIPS * round_trip_s
+
+    def grow(self, size_bytes: int) -> None:
+        """Make the window larger; the peer is told with the next update."""
+        self.size += size_bytes
+        self.owed += size_bytes
+
+    def update(self, now_s: float) -> int:
+        """The increment to send, in bytes; from then on the peer may use it."""
+        increment = min(self.owed, MAX_WINDOW - self.available)
+        self.available += increment
+        self.owed -= increment
+        self.updated_s = now_s
+        return increment

@@ -1,0 +1,59 @@
+"""What every test gets: whole pools checked after it, and no test skipped unseen in CI."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from reflex.protocol.pools import Pools, all_pools
+
+IN_CI = os.environ.get("CI", "").lower() == "true"
+SYSTEM_PROGRAMS = "/usr/sbin:/sbin"  # where Debian keeps nginx, outside of a user's PATH
+
+# A busy machine makes single examples slow; that is no failure. CI finds the same examples each time.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if IN_CI else "local")
+
+
+@pytest.fixture(autouse=True)
+def _pools_are_whole() -> Iterator[None]:
+    """Fail the test that leaves something borrowed from any pool bundle that still exists."""
+    before = {id(pools): pools.in_use for pools in all_pools()}
+    yield
+
+    def not_whole() -> list[Pools]:
+        return [pools for pools in all_pools() if pools.in_use > before.get(id(pools), 0)]
+
+    if not_whole():
+        gc.collect()  # a bundle that died in a reference cycle is nobody's leak
+    if left := not_whole():
+        counts = {
+            name: figures.in_use for pools in left for name, figures in pools.statistics().items() if figures.in_use
+        }
+        pytest.fail(f"still borrowed from the pools after the test: {counts}")
+
+
+@pytest.fixture
+def pools() -> Pools:
+    """A fresh bundle of all pools."""
+    return Pools()
+
+
+def require_program(name: str) -> str:
+    """The path of a system program that a test drives.
+
+    Without it the test is skipped with the program's name as the reason; with CI=true it fails.
+    """
+    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{SYSTEM_PROGRAMS}")
+    if path is None:
+        reason = f"needs the program {name}, which is not installed"
+        if IN_CI:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path

@@ -1,0 +1,333 @@
+"""The harness for tests that drive real processes: the pair, local targets, clients.
+
+What the demo needs as well lives in ``bench`` and is handed on from here. Everything that is started
+is ended by its own process id on leaving its context; everything waits for events, never for time.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from bench.local import (
+    ExpectationError,
+    Process,
+    SocksReplyError,
+    cpu_seconds,
+    open_descriptors,
+    peak_rss_bytes,
+    pss_bytes,
+    receive_exactly,
+    rss_bytes,
+    socks_connect,
+    start_daemon,
+    to_toml,
+)
+from bench.origin import HELLO, LoopbackServer, Origin, expected_sha256
+
+__all__ = [
+    "HELLO",
+    "EchoServer",
+    "ExpectationError",
+    "HalfCloseServer",
+    "Keys",
+    "LoopbackServer",
+    "Origin",
+    "Pair",
+    "Process",
+    "SocksReplyError",
+    "cpu_seconds",
+    "expected_sha256",
+    "free_port",
+    "inbound_settings",
+    "make_pair",
+    "merged",
+    "never_reading",
+    "open_descriptors",
+    "outbound_settings",
+    "peak_rss_bytes",
+    "pss_bytes",
+    "receive_exactly",
+    "refusing_port",
+    "rss_bytes",
+    "run_curl",
+    "socks_connect",
+    "start_inbound",
+    "start_outbound",
+    "to_toml",
+]
+
+Settings = Mapping[str, object]
+
+CURL_TIMEOUT_S = 60
+
+
+def _key_text(key: bytes) -> str:
+    return base64.b64encode(key).decode()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the two halves share, each in the text that a settings file holds."""
+
+    private_key: str
+    public_key: str
+    user_id: str
+    user_key: str
+
+    @classmethod
+    def generate(cls) -> Keys:
+        private = X25519PrivateKey.generate()
+        return cls(
+            private_key=_key_text(private.private_bytes_raw()),
+            public_key=_key_text(private.public_key().public_bytes_raw()),
+            user_id=str(uuid.uuid4()),
+            user_key=_key_text(X25519PrivateKey.generate().private_bytes_raw()),  # any 32 random bytes
+        )
+
+
+def merged(settings: Settings, overrides: Settings) -> dict[str, object]:
+    """``settings`` with ``overrides`` laid over them.
+
+    Tables are merged key by key, lists of tables entry by entry (further entries are appended);
+    everything else is replaced. None removes the key.
+    """
+    result = dict(settings)
+    for key, value in overrides.items():
+        old = result.get(key)
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(old, Mapping):
+            result[key] = merged(old, value)
+        elif _is_tables(value) and _is_tables(old):
+            # Both are lists of tables by now; mypy cannot know.
+            olds, news = list(old), list(value)  # type: ignore[call-overload]
+            both = [merged(before, after) for before, after in zip(olds, news, strict=False)]
+            result[key] = both + olds[len(news) :] + news[len(olds) :]
+        else:
+            result[key] = value
+    return result
+
+
+def _is_tables(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def inbound_settings(keys: Keys) -> dict[str, object]:
+    """Settings of a server on a free port that may dial loopback."""
+    return {
+        "listen": ["127.0.0.1:0"],
+        "private_key": keys.private_key,
+        "users": [{"name": "alice", "id": keys.user_id, "key": keys.user_key}],
+        "targets": {"allow": ["127.0.0.1:*", "[::1]:*"]},
+    }
+
+
+def outbound_settings(keys: Keys, server_port: int) -> dict[str, object]:
+    """Settings of a client with SOCKS5 on a free port and its server at ``server_port``."""
+    return {
+        "listen": [{"protocol": "socks5", "address": "127.0.0.1:0"}],
+        "servers": [
+            {
+                "address": f"127.0.0.1:{server_port}",
+                "public_key": keys.public_key,
+                "user_id": keys.user_id,
+                "user_key": keys.user_key,
+            }
+        ],
+    }
+
+
+def _start(
+    name: str, directory: Path, settings: Settings, *, arguments: Sequence[str] = (), prelude: str = ""
+) -> Process:
+    path = directory / f"{name}.toml"
+    path.touch(mode=0o600)
+    path.write_text(to_toml(settings))
+    return start_daemon(f"reflex-{name}", path, *arguments, prelude=prelude)
+
+
+def start_inbound(
+    directory: Path,
+    keys: Keys,
+    overrides: Settings | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    prelude: str = "",
+) -> Process:
+    """Write ``directory/inbound.toml`` and start the server on it; not yet waited for.
+
+    ``arguments`` are added to the command line (``["--log-level", "debug"]``); ``prelude`` is Python
+    that runs in the process first (to put its clock off, say).
+    """
+    settings = merged(inbound_settings(keys), overrides or {})
+    return _start("inbound", directory, settings, arguments=arguments, prelude=prelude)
+
+
+def start_outbound(
+    directory: Path,
+    keys: Keys,
+    server_port: int,
+    overrides: Settings | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    prelude: str = "",
+) -> Process:
+    """Write ``directory/outbound.toml`` and start the client on it; else like ``start_inbound``."""
+    settings = merged(outbound_settings(keys, server_port), overrides or {})
+    return _start("outbound", directory, settings, arguments=arguments, prelude=prelude)
+
+
+@dataclass
+class Pair:
+    """Both halves, ready. A half that was stopped or killed comes back by ``restart_…`` on its ports."""
+
+    directory: Path
+    keys: Keys
+    inbound_overrides: Settings
+    outbound_overrides: Settings
+    arguments: Sequence[str] = ()
+    inbound: Process = field(init=False)
+    outbound: Process = field(init=False)
+    inbound_addresses: list[tuple[str, int]] = field(init=False)
+    outbound_addresses: list[tuple[str, int]] = field(init=False)
+    _everything: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
+
+    @property
+    def inbound_port(self) -> int:
+        """The port of the server's first listener."""
+        return self.inbound_addresses[0][1]
+
+    @property
+    def socks_port(self) -> int:
+        """The port of the client's first listener: SOCKS5, unless overridden."""
+        return self.outbound_addresses[0][1]
+
+    def restart_inbound(self) -> None:
+        """Start the server again, on the addresses that it had; end it first where it still runs."""
+        if self.inbound.is_running:
+            self.inbound.end()
+        again = {"listen": [_address_text(address) for address in self.inbound_addresses]}
+        self._start_inbound(merged(self.inbound_overrides, again))
+
+    def restart_outbound(self) -> None:
+        """Start the client again, on the addresses that it had; end it first where it still runs."""
+        if self.outbound.is_running:
+            self.outbound.end()
+        again = {"listen": [{"address": _address_text(address)} for address in self.outbound_addresses]}
+        self._start_outbound(merged(self.outbound_overrides, again))
+
+    def _start_inbound(self, overrides: Settings) -> None:
+        self.inbound = self._everything.enter_context(
+            start_inbound(self.directory, self.keys, overrides, arguments=self.arguments)
+        )
+        self.inbound_addresses = self.inbound.wait_ready()
+
+    def _start_outbound(self, overrides: Settings) -> None:
+        self.outbound = self._everything.enter_context(
+            start_outbound(self.directory, self.keys, self.inbound_port, overrides, arguments=self.arguments)
+        )
+        self.outbound_addresses = self.outbound.wait_ready()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.push(self._everything)
+            self._start_inbound(self.inbound_overrides)
+            self._start_outbound(self.outbound_overrides)
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._everything.__exit__(kind, error, trace)
+
+
+def _address_text(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def make_pair(
+    directory: Path,
+    *,
+    inbound: Settings | None = None,
+    outbound: Settings | None = None,
+    keys: Keys | None = None,
+    arguments: Sequence[str] = (),
+) -> Pair:
+    """Both halves on loopback, ready within the context, with loopback targets allowed.
+
+    ``inbound`` and ``outbound`` are laid over the settings as ``merged`` says, for instance
+    ``make_pair(tmp_path, outbound={"servers": [{"cipher": "aes-256-gcm"}], "limits": {"drain_s": 1}})``.
+    """
+    return Pair(directory, keys or Keys.generate(), inbound or {}, outbound or {}, arguments)
+
+
+class EchoServer(LoopbackServer):
+    """Sends back what it receives; after the client's end it ends as well."""
+
+    def serve(self, sock: socket.socket) -> None:
+        while data := sock.recv(65_536):
+            sock.sendall(data)
+
+
+class HalfCloseServer(LoopbackServer):
+    """Reads to the client's end, then answers with the decimal count of the bytes and a newline."""
+
+    def serve(self, sock: socket.socket) -> None:
+        count = 0
+        while data := sock.recv(65_536):
+            count += len(data)
+        sock.sendall(b"%d\n" % count)
+
+
+@contextlib.contextmanager
+def never_reading(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port that takes connections (the kernel does) and never reads a byte."""
+    with _bound_socket(host) as sock:
+        sock.listen(128)
+        yield sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def refusing_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port that refuses connections, and that nobody else can take meanwhile."""
+    with _bound_socket(host) as sock:
+        yield sock.getsockname()[1]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago, for programs that cannot choose one themselves."""
+    with _bound_socket(host) as sock:
+        return int(sock.getsockname()[1])
+
+
+def _bound_socket(host: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.bind((host, 0))
+    return sock
+
+
+def run_curl(*arguments: str, timeout_s: float = CURL_TIMEOUT_S) -> subprocess.CompletedProcess[bytes]:
+    """Run curl, silent but for errors, without the user's own settings and proxies.
+
+    Raises FileNotFoundError where there is no curl (see ``conftest.require_program``) and
+    subprocess.TimeoutExpired.
+    """
+    curl = shutil.which("curl")
+    if curl is None:
+        raise FileNotFoundError("curl")
+    command = [curl, "--disable", "--silent", "--show-error", "--noproxy", "", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)

@@ -1,0 +1,146 @@
+"""The replay set: exact, bounded, and never more forgetful than it admits."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflex.errors import Replayed
+from reflex.protocol.replay import DEFAULT_CAPACITY, ReplaySet
+from reflex.protocol.wire import HELLO_TIME_LIMIT_S
+
+NOW = 1_900_000_000
+LIMIT = HELLO_TIME_LIMIT_S
+
+
+def key(number: int) -> bytes:
+    return hashlib.sha256(number.to_bytes(8, "big")).digest()
+
+
+def test_default_capacity_is_the_contracts() -> None:
+    assert ReplaySet(NOW).capacity == DEFAULT_CAPACITY == 2**20
+
+
+def test_a_key_is_taken_once_whatever_its_time() -> None:
+    replay = ReplaySet(NOW - LIMIT)
+    replay.check_and_insert(key(1), NOW, NOW)
+    for time_s in (NOW, NOW + 1, NOW - 1):
+        with pytest.raises(Replayed):
+            replay.check_and_insert(key(1), time_s, NOW)
+    assert len(replay) == 1
+    replay.check_and_insert(key(2), NOW, NOW)
+    assert len(replay) == 2
+
+
+def test_a_key_is_kept_until_its_time_and_120_seconds() -> None:
+    replay = ReplaySet(NOW)
+    replay.check_and_insert(key(1), NOW, NOW)
+    with pytest.raises(Replayed, match="seen before"):
+        replay.check_and_insert(key(1), NOW, NOW + LIMIT)
+    assert len(replay) == 1
+    replay.check_and_insert(key(2), NOW + LIMIT + 1, NOW + LIMIT + 1)
+    assert len(replay) == 1  # the first was freed
+
+
+def test_a_hello_from_before_the_start_is_refused() -> None:
+    replay = ReplaySet(NOW)
+    with pytest.raises(Replayed, match="knows nothing"):
+        replay.check_and_insert(key(1), NOW - 1, NOW)
+    assert len(replay) == 0
+    assert replay.known_since_s == NOW
+    replay.check_and_insert(key(1), NOW, NOW)
+
+
+def test_a_full_set_refuses_until_keys_expire() -> None:
+    replay = ReplaySet(NOW, capacity=3)
+    for number, time_s in enumerate((NOW, NOW + 1, NOW + 1)):
+        replay.check_and_insert(key(number), time_s, NOW)
+    with pytest.raises(Replayed, match="full"):
+        replay.check_and_insert(key(3), NOW + 1, NOW + LIMIT)
+    with pytest.raises(Replayed, match="seen before"):
+        replay.check_and_insert(key(0), NOW, NOW + LIMIT)
+    replay.check_and_insert(key(3), NOW + 1, NOW + LIMIT + 1)
+    assert len(replay) == 3
+    with pytest.raises(Replayed, match="full"):
+        replay.check_and_insert(key(4), NOW + 2, NOW + LIMIT + 1)
+    replay.check_and_insert(key(4), NOW + 2, NOW + LIMIT + 2)
+    assert len(replay) == 1
+
+
+def test_a_clock_that_steps_back_does_not_welcome_what_was_freed() -> None:
+    replay = ReplaySet(NOW)
+    replay.check_and_insert(key(1), NOW, NOW)
+    later = NOW + LIMIT + 1
+    replay.check_and_insert(key(2), later, later)
+    assert replay.known_since_s == NOW + 1
+    with pytest.raises(Replayed, match="knows nothing"):
+        replay.check_and_insert(key(1), NOW, later - 5)
+    replay.check_and_insert(key(3), later - 5, later - 5)
+    with pytest.raises(Replayed, match="seen before"):
+        replay.check_and_insert(key(2), later, later - 5)
+
+
+def test_a_clock_wrongly_ahead_for_a_while_does_not_shut_the_server() -> None:
+    replay = ReplaySet(NOW)
+    replay.check_and_insert(key(1), NOW, NOW)
+    year = 365 * 86_400
+    with pytest.raises(Replayed):
+        replay.check_and_insert(key(1), NOW, NOW + year)  # freed by the wrong clock, and still refused
+    assert len(replay) == 0
+    with pytest.raises(Replayed):
+        replay.check_and_insert(key(1), NOW, NOW + 1)
+    replay.check_and_insert(key(2), NOW + 1, NOW + 1)
+
+
+Step = tuple[int, int, int]  # key number, hello time less the clock, step of the clock
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 12), st.integers(-LIMIT, LIMIT), st.integers(-30, 90))),
+    capacity=st.integers(1, 8),
+)
+def test_no_hello_is_ever_taken_twice_and_nothing_is_leaked(steps: list[Step], capacity: int) -> None:
+    """A hello is a key with its time: whatever the clock does, the same hello is never taken again."""
+    replay = ReplaySet(NOW - 60, capacity)
+    taken: set[tuple[bytes, int]] = set()
+    now_s = NOW
+    for number, offset_s, step_s in steps:
+        now_s += step_s
+        hello = (key(number), now_s + offset_s)
+        known_before, length_before = replay.known_since_s, len(replay)
+        try:
+            replay.check_and_insert(*hello, now_s)
+        except Replayed:
+            assert len(replay) <= length_before
+        else:
+            assert hello not in taken
+            assert hello[1] >= replay.known_since_s
+            taken.add(hello)
+        assert len(replay) <= capacity
+        assert replay.known_since_s >= known_before
+        assert len(replay) == sum(map(len, replay._buckets.values()))
+        assert sorted(replay._seconds) == sorted(replay._buckets)
+        assert all(time_s + LIMIT >= now_s for time_s in replay._buckets)
+
+
+@given(
+    hellos=st.lists(st.tuples(st.integers(0, 30), st.integers(-LIMIT, LIMIT), st.integers(0, 60)), max_size=60)
+)
+def test_with_a_steady_clock_it_equals_a_set_that_forgets_nothing(hellos: list[Step]) -> None:
+    """Nothing fresh is refused, as long as keys differ where hellos do and the clock does not step back."""
+    replay = ReplaySet(NOW - LIMIT)
+    taken: set[bytes] = set()
+    now_s = NOW
+    for number, offset_s, step_s in hellos:
+        now_s += step_s
+        time_s = now_s + offset_s
+        ephemeral = hashlib.sha256(f"{number} {time_s}".encode()).digest()
+        if ephemeral in taken:
+            with pytest.raises(Replayed):
+                replay.check_and_insert(ephemeral, time_s, now_s)
+        else:
+            replay.check_and_insert(ephemeral, time_s, now_s)
+            taken.add(ephemeral)
