@@ -14,31 +14,29 @@ the process's budget of buffered bytes lasts; from there on it, too, waits for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
-from reflex.errors import AddressError, FlowControlError, FrameError, ProtocolError, SessionClosed, StreamsExhausted
+from reflex.errors import FrameError, ProtocolError, SessionClosed, StreamsExhausted
 from reflex.protocol import streams as st
-from reflex.protocol.address import Address, decode_address
+from reflex.protocol.address import Address
 from reflex.protocol.events import Event, EventKind
-from reflex.protocol.frames import Frame, FrameDecoder, FrameEncoder
+from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
+from reflex.protocol.incoming import HANDLERS
 from reflex.protocol.keys import CipherState
 from reflex.protocol.liveness import Liveness
-from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
     CODE,
-    DATAGRAM_BACKLOG,
     DEFAULT_MAX_STREAMS,
     FIRST_IGNORED_TYPE,
     GOAWAY,
     INCREMENT,
     KEEPALIVE_S,
     MAX_STREAM_ID,
-    PING_SIZE,
     SESSION_WINDOW,
     SETTING,
     Code,
@@ -218,10 +216,9 @@ class Session:
         event = self._event
         live = self.streams
         session_window = self._receive_window
-        budget = self._budget
         for frame in self._decoder:
-            if self.close_received:
-                continue  # the peer promised to send nothing more; what comes all the same says nothing
+            if self.close_received or (self.close_sent and frame.type != FrameType.CLOSE):
+                continue  # nothing is answered after CLOSE, and nothing said after it counts
             if frame.type == _DATA:
                 size = len(frame.payload)
                 if not size:
@@ -229,23 +226,18 @@ class Session:
                 stream = live.get(frame.stream_id)
                 session_window.receive(size)
                 if stream is None:
-                    self._discard_late(frame.stream_id, size)
+                    self._check_was_opened(frame.stream_id)
+                    self._give_session_credit(size)
                     continue
                 if not st.MAY_RECEIVE[stream.state] or stream.network != _TCP:
                     raise FrameError(f"DATA on {stream!r}")
-                stream.receive_window.receive(size)
-                stream.held_bytes += size
-                budget.buffered += size
-                if budget.buffered <= budget.buffered_limit:
-                    self._give_session_credit(size)
-                else:
-                    self._withheld += size
+                self._hold(stream, size)
                 event.kind = _DATA_EVENT
                 event.stream = stream
                 event.data = frame.payload
                 yield event
                 continue
-            handler = _HANDLERS.get(frame.type)
+            handler = HANDLERS.get(frame.type)
             if handler is not None:
                 yield from handler(self, frame)
             elif frame.type < FIRST_IGNORED_TYPE:
@@ -253,10 +245,16 @@ class Session:
             if self._encoder.unsent_bytes > MAX_UNSENT_BYTES:
                 raise ProtocolError("the peer asks for answers and does not read them")
 
-    def _discard_late(self, stream_id: int, size_bytes: int) -> None:
-        """Bytes for a stream that has ended: the session's credit goes back at once."""
-        self._check_was_opened(stream_id)
-        self._give_session_credit(size_bytes)
+    def _hold(self, stream: Stream, size_bytes: int) -> None:
+        """Count payload that the application now has to consume."""
+        stream.receive_window.receive(size_bytes)
+        stream.held_bytes += size_bytes
+        budget = self._budget
+        budget.buffered += size_bytes
+        if budget.buffered <= budget.buffered_limit:
+            self._give_session_credit(size_bytes)
+        else:
+            self._withheld += size_bytes
 
     def _check_was_opened(self, stream_id: int) -> None:
         # Ids of the client are odd and rising; version 1's server opens none.
@@ -267,165 +265,6 @@ class Session:
         window = self._receive_window
         if window.release(size_bytes):
             self._encoder.write(FrameType.WINDOW, 0, INCREMENT.pack(window.update(self.now_s)))
-
-    # One handler for each frame type but DATA. Each checks what section 5's table says of it.
-
-    def _on_pad(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        return iter(())
-
-    def _on_data_fin(self, frame: Frame) -> Iterator[Event]:
-        size = len(frame.payload)
-        stream = self._stream_of(frame)
-        self._receive_window.receive(size)
-        if stream is None:
-            self._give_session_credit(size)
-            return
-        if not stream.can(st.RECEIVE_FIN) or stream.network != _TCP:
-            raise FrameError(f"DATA_FIN on {stream!r}")
-        stream.receive_window.receive(size)
-        self._give_session_credit(size)
-        if size:
-            stream.held_bytes += size
-            self._budget.buffered += size
-            event = self._event.set(EventKind.DATA, stream)
-            event.data = frame.payload
-            yield event
-        if stream.can(st.RECEIVE_FIN):  # the application may have reset it while it had the data
-            stream.move(st.RECEIVE_FIN)
-            self._forget_if_closed(stream)
-            yield self._event.set(EventKind.FIN, stream)
-
-    def _on_reset(self, frame: Frame) -> Iterator[Event]:
-        check_size(frame, CODE.size)
-        stream = self._stream_of(frame)
-        if stream is not None:
-            stream.move(st.RECEIVE_RESET)
-            self._forget_if_closed(stream)
-            yield self._event.set(EventKind.RESET, stream, CODE.unpack(frame.payload)[0])
-
-    def _on_window(self, frame: Frame) -> Iterator[Event]:
-        check_size(frame, INCREMENT.size)
-        increment = INCREMENT.unpack(frame.payload)[0]
-        if frame.stream_id == 0:
-            was_shut = self._send_window.available == 0
-            self._send_window.add(increment)
-            if was_shut:
-                yield self._event.set(EventKind.WRITABLE)
-            return
-        stream = self._stream_of(frame)
-        if stream is None:
-            if increment < 1:
-                raise FlowControlError("a window raised by 0")
-            return
-        was_shut = stream.send_window.available == 0
-        stream.send_window.add(increment)
-        if was_shut and stream.may_send:
-            yield self._event.set(EventKind.WRITABLE, stream)
-
-    def _on_open(self, frame: Frame) -> Iterator[Event]:
-        stream_id = frame.stream_id
-        if self._is_client or stream_id % 2 == 0 or stream_id <= self._highest_id:
-            raise FrameError(f"OPEN of stream {stream_id}: an id that the peer may not use, or has used")
-        network, address, status = read_open(frame)
-        self._highest_id = stream_id
-        if self._goaway_sent:
-            self._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.SHUTTING_DOWN))
-        elif len(self.streams) >= self._max_streams:
-            self._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.LIMIT))
-        elif status or network is None:
-            self._encoder.write(FrameType.OPENED, stream_id, bytes([status]))
-        else:
-            stream = self.streams[stream_id] = Stream(stream_id, st.CALLED, network)
-            event = self._event.set(EventKind.OPEN, stream)
-            event.address = address
-            yield event
-
-    def _on_opened(self, frame: Frame) -> Iterator[Event]:
-        check_size(frame, 1)
-        stream = self._stream_of(frame)
-        if stream is None:
-            return
-        status = frame.payload[0]
-        event = st.RECEIVE_OPENED if status == Status.SUCCEEDED else st.RECEIVE_REFUSAL
-        if not stream.can(event):
-            raise FrameError(f"OPENED on {stream!r}")
-        stream.move(event)
-        self._forget_if_closed(stream)
-        yield self._event.set(EventKind.REFUSED if stream.is_closed else EventKind.OPENED, stream, status)
-
-    def _on_datagram(self, frame: Frame) -> Iterator[Event]:
-        stream = self._stream_of(frame)
-        try:
-            address, end = decode_address(frame.payload)
-        except AddressError:
-            raise FrameError("a DATAGRAM whose address is none") from None
-        if stream is None:
-            return
-        if stream.network == _TCP:
-            raise FrameError(f"DATAGRAM on {stream!r}, which is no UDP stream")
-        data = frame.payload[end:]
-        if stream.held_bytes + len(data) > DATAGRAM_BACKLOG:
-            return
-        stream.held_bytes += len(data)
-        self._budget.buffered += len(data)
-        event = self._event.set(EventKind.DATAGRAM, stream)
-        event.data = data
-        event.address = address
-        yield event
-
-    def _on_ping(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        check_size(frame, PING_SIZE)
-        self._encoder.write(FrameType.PONG, 0, frame.payload)
-        return iter(())
-
-    def _on_pong(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        check_size(frame, PING_SIZE)
-        self._liveness.pong(frame.payload, self.now_s)
-        return iter(())
-
-    def _on_settings(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        for setting, value in read_settings(frame):
-            if setting == Setting.MAX_STREAMS:
-                self._peer_max_streams = value
-            elif setting == Setting.TIME_MS:
-                self.peer_time_ms = value
-            elif setting == Setting.KEEPALIVE_MS:
-                self._liveness.set_peer_interval(value)
-        yield self._event.set(EventKind.SETTINGS)
-
-    def _on_goaway(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        check_size(frame, GOAWAY.size)
-        last_id, code = GOAWAY.unpack(frame.payload)
-        self._goaway_received = True
-        yield self._event.set(EventKind.GOAWAY, None, code)
-        if self._is_client:
-            for stream in [stream for stream_id, stream in self.streams.items() if stream_id > last_id]:
-                if not stream.is_closed:
-                    stream.move(st.RECEIVE_RESET)
-                    self._forget_if_closed(stream)
-                    yield self._event.set(EventKind.RESET, stream, code)
-
-    def _on_close(self, frame: Frame) -> Iterator[Event]:
-        check_session_frame(frame)
-        check_size(frame, CODE.size)
-        self.close_received = True
-        yield self._event.set(EventKind.CLOSED, None, CODE.unpack(frame.payload)[0])
-
-    def _stream_of(self, frame: Frame) -> Stream | None:
-        """The frame's stream; None where it has ended.
-
-        Raises:
-            FrameError: there never was one.
-        """
-        stream = self.streams.get(frame.stream_id)
-        if stream is None:
-            self._check_was_opened(frame.stream_id)
-        return stream
 
     # Calls of the application.
 
@@ -531,7 +370,7 @@ class Session:
         """The application is done with so many bytes of the stream: the peer may send as many more."""
         stream.held_bytes -= size_bytes
         self._budget.buffered -= size_bytes
-        if self._is_over:
+        if self._is_over or self.close_sent:
             return
         if self._withheld:
             size = min(self._withheld, size_bytes)
@@ -591,7 +430,7 @@ class Session:
         """
         if self._liveness.is_dead(self.now_s):
             return True
-        if self._liveness.ping_is_due(self.now_s):
+        if self._liveness.ping_is_due(self.now_s) and not self.close_sent:
             self.ping()
         return False
 
@@ -643,19 +482,3 @@ class Session:
             stream.grown_bytes = 0
             stream.state = st.CLOSED
         self.streams.clear()
-
-
-_HANDLERS: Final[dict[int, Callable[[Session, Frame], Iterator[Event]]]] = {
-    FrameType.PAD: Session._on_pad,
-    FrameType.DATA_FIN: Session._on_data_fin,
-    FrameType.RESET: Session._on_reset,
-    FrameType.WINDOW: Session._on_window,
-    FrameType.OPEN: Session._on_open,
-    FrameType.OPENED: Session._on_opened,
-    FrameType.DATAGRAM: Session._on_datagram,
-    FrameType.PING: Session._on_ping,
-    FrameType.PONG: Session._on_pong,
-    FrameType.SETTINGS: Session._on_settings,
-    FrameType.GOAWAY: Session._on_goaway,
-    FrameType.CLOSE: Session._on_close,
-}
