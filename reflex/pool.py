@@ -38,6 +38,22 @@ HOLDER_FRAMES: Final = 4  # call frames that the debug switch keeps of a holder
 _debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
 
 
+class _RecordedLoans(dict[int, T]):
+    """What a pool has lent, with where each object was borrowed: takes the plain dict's place when debugging."""
+
+    def __init__(self, lent: dict[int, T]) -> None:
+        super().__init__(lent)
+        self.holders: dict[int, str] = {}
+
+    def __setitem__(self, key: int, item: T) -> None:
+        super().__setitem__(key, item)
+        self.holders[key] = "".join(traceback.format_stack(limit=HOLDER_FRAMES)[:-2])
+
+    def pop(self, key: int, default: T | None = None) -> T | None:  # type: ignore[override]  # the one form in use
+        self.holders.pop(key, None)
+        return super().pop(key, default)
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
     """One pool's figures. ``acquired == hits + misses == released + in_use``.
@@ -72,7 +88,6 @@ class Pool(Generic[T]):
         "_created",
         "_free",
         "_high_water",
-        "_holders",
         "_lent",
         "_lock",
         "_make",
@@ -97,7 +112,6 @@ class Pool(Generic[T]):
         self._misses = 0
         self._released = 0
         self._high_water = 0
-        self._holders: dict[int, str] | None = None
         if os.environ.get("REFLEX_POOL_DEBUG", "") not in ("", "0"):
             self.record_holders()
 
@@ -106,27 +120,20 @@ class Pool(Generic[T]):
         try:
             item = self._free.pop()
         except IndexError:
-            item = self._make()
-            with self._lock:
-                self._created += 1
-                self._misses += 1
+            item = self._create()
         lent = self._lent
         lent[id(item)] = item
         if len(lent) > self._high_water:
             with self._lock:
                 self._high_water = max(self._high_water, len(lent))
-        if self._holders is not None:
-            self._holders[id(item)] = "".join(traceback.format_stack(limit=HOLDER_FRAMES)[:-1])
         return item
 
-    def _keep(self, item: T) -> None:
-        """Count a return and put the object, already clean, back where it can be lent again."""
+    def _create(self) -> T:
+        item = self._make()
         with self._lock:
-            self._released += 1
-            if len(self._free) < self.max_free:
-                self._free.append(item)
-        if self._holders is not None:
-            self._holders.pop(id(item), None)
+            self._created += 1
+            self._misses += 1
+        return item
 
     @property
     def in_use(self) -> int:
@@ -153,13 +160,13 @@ class Pool(Generic[T]):
 
     def record_holders(self) -> None:
         """From now on, remember where each object was borrowed (slow; for finding leaks)."""
-        if self._holders is None:
-            self._holders = {}
+        if not isinstance(self._lent, _RecordedLoans):
+            self._lent = _RecordedLoans(self._lent)
             _debug_pools.add(self)  # type: ignore[arg-type]  # a set of pools of anything
 
     def leaks(self) -> list[str]:
         """Where each object that is lent now was borrowed; empty unless holders are recorded."""
-        return list((self._holders or {}).values())
+        return list(self._lent.holders.values()) if isinstance(self._lent, _RecordedLoans) else []
 
 
 class BufferPool(Pool[memoryview]):
@@ -201,7 +208,10 @@ class BufferPool(Pool[memoryview]):
             raise ForeignBuffer(self.name)
         if used_bytes != 0:
             buffer[:used_bytes] = self._zeros[:used_bytes]
-        self._keep(buffer)
+        with self._lock:
+            self._released += 1
+            if len(self._free) < self.max_free:
+                self._free.append(buffer)
 
 
 class ObjectPool(Pool[T]):
@@ -237,7 +247,10 @@ class ObjectPool(Pool[T]):
         if self._lent.pop(id(item), None) is None:
             raise ForeignBuffer(self.name)
         self._reset(item)
-        self._keep(item)
+        with self._lock:
+            self._released += 1
+            if len(self._free) < self.max_free:
+                self._free.append(item)
 
 
 class TieredPool:
@@ -248,7 +261,7 @@ class TieredPool:
             which is what a benchmark compares with.
     """
 
-    __slots__ = ("_by_size", "_tiers", "_unpooled", "unpooled_created")
+    __slots__ = ("_acquire", "_by_size", "_tiers", "_unpooled", "unpooled_created")
 
     def __init__(self, max_free: dict[int, int] | int | None = None) -> None:
         if max_free is None:
@@ -256,14 +269,16 @@ class TieredPool:
         limits = dict.fromkeys(TIER_SIZES, max_free) if isinstance(max_free, int) else max_free
         self._tiers = tuple(BufferPool(size, limits[size]) for size in TIER_SIZES)
         self._by_size = {pool.size_bytes: pool for pool in self._tiers}
+        # Looked at for every buffer: the tiers' sizes and their bound methods, in order.
+        self._acquire = tuple((pool.size_bytes, pool.acquire) for pool in self._tiers)
         self._unpooled: dict[int, memoryview] = {}
         self.unpooled_created = 0
 
     def acquire(self, size_bytes: int) -> memoryview:
         """Lend a buffer of at least ``size_bytes``. The caller owns it until it is returned."""
-        for pool in self._tiers:
-            if size_bytes <= pool.size_bytes:
-                return pool.acquire()
+        for tier_bytes, acquire in self._acquire:
+            if size_bytes <= tier_bytes:
+                return acquire()
         buffer = memoryview(bytearray(size_bytes))
         self._unpooled[id(buffer)] = buffer
         self.unpooled_created += 1

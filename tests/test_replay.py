@@ -126,9 +126,7 @@ def test_no_hello_is_ever_taken_twice_and_nothing_is_leaked(steps: list[Step], c
         assert all(time_s + LIMIT >= now_s for time_s in replay._buckets)
 
 
-@given(
-    hellos=st.lists(st.tuples(st.integers(0, 30), st.integers(-LIMIT, LIMIT), st.integers(0, 60)), max_size=60)
-)
+@given(hellos=st.lists(st.tuples(st.integers(0, 30), st.integers(-LIMIT, LIMIT), st.integers(0, 60)), max_size=60))
 def test_with_a_steady_clock_it_equals_a_set_that_forgets_nothing(hellos: list[Step]) -> None:
     """Nothing fresh is refused, as long as keys differ where hellos do and the clock does not step back."""
     replay = ReplaySet(NOW - LIMIT)
