@@ -56,7 +56,7 @@ TIERS: Final = (
 )
 
 
-class DemoFailed(Exception):  # noqa: N818 - reads as what happened
+class DemoFailed(Exception):
     """Something did not come out right; the text is one line for the user."""
 
 
