@@ -2,7 +2,8 @@
 
 Servers are tried in their order: the first that can be had is used, the next ones are for when it
 cannot. After a failure a server is left alone for a while that grows; requests that come meanwhile
-wait for the next attempt, and fail with it.
+wait for the next attempt, and fail with it. While a later server is in use, an earlier one is tried
+again in the background, and used again from then on.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Connector:
             tunnel = self._available()
             if tunnel is not None:
                 waiter.on_tunnel(tunnel)
+                self._try_preferred()
                 return
         self._waiting.append(waiter)
         self._dial_as_needed()
@@ -90,15 +92,24 @@ class Connector:
         while self._waiting and (tunnel := self._available()) is not None:
             self._waiting.popleft().on_tunnel(tunnel)
 
+    def _try_preferred(self) -> None:
+        """Where a later server is in use, see whether the first one is back."""
+        first = self._servers[0]
+        if not self._dials and not self._pool.count(first) and first.not_before_s <= self._loop.time():
+            self._start_dial([first], is_probe=True)
+
+    def _start_dial(self, candidates: list[Server], *, is_probe: bool = False) -> None:
+        task = self._loop.create_task(self._dial(candidates, is_probe=is_probe))
+        self._dials.add(task)
+        task.add_done_callback(self._dial_ended)
+
     def _dial_as_needed(self) -> None:
         needed = -(-len(self._waiting) // self._max_streams)
         while len(self._dials) < needed:
             candidates = self._candidates()
             if not candidates:
                 break
-            task = self._loop.create_task(self._dial(candidates))
-            self._dials.add(task)
-            task.add_done_callback(self._dial_ended)
+            self._start_dial(candidates)
         if not self._dials:
             self._fail_waiting(
                 TunnelError(f"every tunnel is full: {self._max_tunnels} of {self._max_streams} streams each per server")
@@ -110,7 +121,7 @@ class Connector:
         now_s = self._loop.time()
         return sorted(allowed, key=lambda server: max(server.not_before_s, now_s))
 
-    async def _dial(self, candidates: list[Server]) -> None:
+    async def _dial(self, candidates: list[Server], *, is_probe: bool) -> None:
         reasons: list[str] = []
         for server in candidates:
             delay_s = server.not_before_s - self._loop.time()
@@ -130,7 +141,8 @@ class Connector:
             self._make_tunnel(server, sock, secrets)
             self.room_was_made()
             return
-        self._fail_waiting(TunnelError("; ".join(reasons)))
+        if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
+            self._fail_waiting(TunnelError("; ".join(reasons)))
 
     def _dial_ended(self, task: asyncio.Task[None]) -> None:
         self._dials.discard(task)

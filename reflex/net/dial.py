@@ -283,5 +283,7 @@ def _not_allowed(address: Address) -> DialError:
 
 
 def _reason(error: BaseException) -> str:
-    """Give an error's text without its number, which says nothing to a reader of a log."""
+    """Give the system's text for an error, without the number and the call that asyncio puts around it."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error)

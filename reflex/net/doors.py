@@ -128,7 +128,7 @@ class Visitor:
 
     def on_no_tunnel(self, error: TunnelError) -> None:
         """There is none: the connector has logged why."""
-        log.info("no tunnel for a local connection: %s", error)
+        log.debug("no tunnel for a local connection: %s", error)
         self._refuse(Status.GENERAL_FAILURE)
 
     # What the relay reports of its OPEN.

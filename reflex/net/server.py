@@ -91,17 +91,20 @@ class Server:
             shift_s = await self._shift_by_date()
             if shift_s is None:
                 raise TunnelError(f"{error}; {self._advice()}") from None
-            if abs(shift_s - self._clock_shift_s) <= HELLO_TIME_LIMIT_S:
-                raise TunnelError(
-                    f"{error}; the clocks agree within {HELLO_TIME_LIMIT_S} s, so the server's public key,"
-                    " the user id or the user key is wrong"
-                ) from None
-            log.warning(
-                "%s: this machine's clock is %d s %s the server's (by its web server's Date); trying with that time",
-                self.address,
-                abs(shift_s),
-                "behind" if shift_s > 0 else "ahead of",
-            )
+            is_near = abs(shift_s) <= HELLO_TIME_LIMIT_S
+            keys_are_wrong = "so the server's public key, the user id or the user key is wrong"
+            clocks_agree = f"the clocks agree within {HELLO_TIME_LIMIT_S} s, {keys_are_wrong}"
+            # A clock that is a little behind matters to a server that started just now: it refuses
+            # hellos from before its start. One that is a little ahead never does.
+            if is_near and shift_s <= self._clock_shift_s:
+                raise TunnelError(f"{error}; {clocks_agree}") from None
+            if not is_near:
+                log.warning(
+                    "%s: this machine's clock is %d s %s the server's (by its web server's Date)",
+                    self.address,
+                    abs(shift_s),
+                    "behind" if shift_s > 0 else "ahead of",
+                )
             if abs(shift_s) > MAX_CLOCK_SHIFT_S:
                 raise TunnelError(
                     f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
@@ -111,7 +114,9 @@ class Server:
                 return await self._attempt()
             except _NotAnswered as again:
                 self._clock_shift_s = 0
-                raise TunnelError(f"{again}, nor with the time corrected; {self._advice()}") from None
+                raise TunnelError(
+                    f"{again}; {clocks_agree}" if is_near else f"{again}, nor with the time corrected, {keys_are_wrong}"
+                ) from None
 
     def _advice(self) -> str:
         return (

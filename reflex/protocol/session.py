@@ -296,6 +296,8 @@ class Session:
         stream = self.streams[self._highest_id] = Stream(self._highest_id, st.CALLING, network)
         target = b"" if address is None else address.encode()
         self._encoder.write(FrameType.OPEN, stream.id, bytes([network]) + target)
+        if self._highest_id + 2 > MAX_STREAM_ID:
+            self.go_away(Code.NONE)  # the ids have run out
         return stream
 
     def accept(self, stream: Stream) -> None:
