@@ -94,6 +94,9 @@ private_key = "{private_key}"
 # A web server for what is not Reflex:
 # fallback = "127.0.0.1:8080"
 
+# Processes that share the port; one for each processor at most:
+# workers = 1
+
 # One [[users]] for each user; `reflex keygen user` makes them.
 [[users]]
 name = {user_name}
@@ -107,7 +110,7 @@ key = "{user_key}"
 
 # What follows are the defaults.
 [limits]
-# max_connections = 5000
+# max_connections = 5000       # of all workers together
 # max_streams = 1000           # per tunnel
 # handshake_timeout_s = 10
 # dial_timeout_s = 10
@@ -121,6 +124,9 @@ key = "{user_key}"
 OUTBOUND_TEMPLATE: Final = """\
 # Reflex, the client's half:  reflex-outbound -c outbound.toml
 # Holds secrets: keep it readable by its owner alone.
+
+# Processes that share the ports; one for each processor at most:
+# workers = 1
 
 [[listen]]
 protocol = "socks5"            # or "forward", with target = "host:port"
@@ -137,13 +143,14 @@ cipher = "auto"                # or "aes-256-gcm", "chacha20-poly1305"
 
 # What follows are the defaults.
 [pool]
+# min_idle = 0                 # tunnels dialled before the first request, and kept
 # max_idle = 8                 # idle tunnels kept per server
 # idle_timeout_s = 60
 # max_streams = 256            # streams on one tunnel before another is dialled
 # max_tunnels = 8
 
 [limits]
-# max_connections = 5000
+# max_connections = 5000       # of all workers together
 # connect_timeout_s = 10
 # handshake_timeout_s = 10
 # idle_timeout_s = 300
@@ -190,27 +197,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inbound_main(argv: Sequence[str] | None = None) -> int:
     """The ``reflex-inbound`` command; returns the exit code."""
 
-    def make(settings: InboundSettings) -> Daemon:
+    def load_class() -> Callable[..., Daemon]:
         from reflex.inbound import Inbound  # noqa: PLC0415 - keeps --help and `reflex` fast
 
-        return Inbound(settings)
+        return Inbound
 
     parser = _parser("reflex-inbound", "The server's half: takes tunnels and dials their targets.")
     parser.epilog = INBOUND_EXAMPLES
-    return _run(parser, argv, load_inbound, make, name="reflex.inbound")
+    return _run(parser, argv, load_inbound, load_class, name="reflex.inbound")
 
 
 def outbound_main(argv: Sequence[str] | None = None) -> int:
     """The ``reflex-outbound`` command; returns the exit code."""
 
-    def make(settings: OutboundSettings) -> Daemon:
+    def load_class() -> Callable[..., Daemon]:
         from reflex.outbound import Outbound  # noqa: PLC0415 - keeps --help and `reflex` fast
 
-        return Outbound(settings)
+        return Outbound
 
     parser = _parser("reflex-outbound", "The client's half: takes SOCKS5 and forwards, and sends them through tunnels.")
     parser.epilog = OUTBOUND_EXAMPLES
-    return _run(parser, argv, load_outbound, make, name="reflex.outbound")
+    return _run(parser, argv, load_outbound, load_class, name="reflex.outbound")
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -237,11 +244,11 @@ def _run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     load: Callable[[str], Settings],
-    make: Callable[[Settings], Daemon],
+    load_class: Callable[[], Callable[..., Daemon]],
     *,
     name: str,
 ) -> int:
-    """Reads the settings and runs the daemon made of them."""
+    """Reads the settings and runs the daemon made of them: an object of the class that ``load_class`` imports."""
     parser.add_argument("-c", "--config", metavar="FILE", required=True, help="the settings, a TOML file")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="default: info")
     arguments = parser.parse_args(argv)
@@ -254,7 +261,25 @@ def _run(
 
     from reflex.daemon import run_daemon  # noqa: PLC0415 - uvloop takes its time, and an error needs none of it
 
-    return run_daemon(lambda: make(settings), name=name, log_level=arguments.log_level)
+    if settings.workers == 1:
+        return run_daemon(lambda: load_class()(settings), name=name, log_level=arguments.log_level)
+
+    from reflex.supervisor import run_workers  # noqa: PLC0415 - most daemons have no workers
+
+    daemon_class = load_class()  # before the workers are forked off, which then share the code's memory
+    return run_workers(
+        lambda shared: daemon_class(settings, shared=shared),
+        listen=[(address.host, address.port) for address in _listen_addresses(settings)],
+        workers=settings.workers,
+        name=name,
+        log_level=arguments.log_level,
+    )
+
+
+def _listen_addresses(settings: InboundSettings | OutboundSettings) -> list[HostPort]:
+    if isinstance(settings, InboundSettings):
+        return list(settings.listen)
+    return [item.address for item in settings.listen]
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -361,16 +386,17 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _summary(settings: InboundSettings | OutboundSettings) -> str:
     """What a daemon would do with the settings, on one line."""
+    workers = f" with {settings.workers} workers" if settings.workers > 1 else ""
     if isinstance(settings, InboundSettings):
         listen = ", ".join(str(address) for address in settings.listen)
         users = f"{len(settings.users)} user" + ("s" if len(settings.users) > 1 else "")
         fallback = f"what is not Reflex goes to {settings.fallback}" if settings.fallback else "no fallback"
-        return f"reflex-inbound would listen on {listen} for {users}; {fallback}"
+        return f"reflex-inbound would listen on {listen} for {users}{workers}; {fallback}"
     listens = ", ".join(
         f"{item.address} ({item.protocol}{f' to {item.target}' if item.target else ''})" for item in settings.listen
     )
     servers = ", ".join(str(server.address) for server in settings.servers)
-    return f"reflex-outbound would listen on {listens}; tunnels to {servers}"
+    return f"reflex-outbound would listen on {listens}{workers}; tunnels to {servers}"
 
 
 def _server_keys() -> tuple[str, str]:

@@ -49,6 +49,7 @@ MAX_SOCKS_BYTES: Final = 255  # of a user name or a password: RFC 1929 counts th
 MAX_CONNECTIONS: Final = 1_000_000  # more sockets than one process is ever granted
 MAX_STREAMS: Final = 65_536  # per tunnel; far above it, another tunnel serves better
 MAX_TUNNELS: Final = 1_000  # per server
+MAX_WORKERS: Final = 64  # more than one for each processor gains nothing
 MIN_TIMEOUT_S: Final = 0.001  # a time-out of nothing would refuse everything
 MAX_TIMEOUT_S: Final = 3_600.0
 MAX_IDLE_TIMEOUT_S: Final = 7 * 86_400.0
@@ -182,12 +183,14 @@ class InboundLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
-    """inbound.toml. ``warnings`` are for the log: what works, but should not stay so."""
+    """inbound.toml. ``workers`` processes share the port. ``warnings`` are for the log: what works, but should not
+    stay so."""
 
     listen: tuple[HostPort, ...]
     private_key: Secret
     users: tuple[UserSettings, ...]
     fallback: HostPort | None = None
+    workers: int = 1
     targets: TargetSettings = TargetSettings()
     limits: InboundLimits = InboundLimits()
     tcp: TcpSettings = TcpSettings()
@@ -222,8 +225,13 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """``[pool]``: the tunnels kept for each server."""
+    """``[pool]``: the tunnels that each worker keeps for each server.
 
+    ``min_idle`` tunnels are dialled before anybody asks, and kept although nobody uses them; at most ``max_idle``
+    and ``max_tunnels``.
+    """
+
+    min_idle: int = 0
     max_idle: int = 8
     idle_timeout_s: float = 60.0
     max_streams: int = 256
@@ -243,10 +251,12 @@ class OutboundLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboundSettings:
-    """outbound.toml. ``warnings`` are for the log: what works, but should not stay so."""
+    """outbound.toml. ``workers`` processes share the ports. ``warnings`` are for the log: what works, but should not
+    stay so."""
 
     listen: tuple[ListenSettings, ...]
     servers: tuple[ServerSettings, ...]
+    workers: int = 1
     pool: PoolSettings = PoolSettings()
     limits: OutboundLimits = OutboundLimits()
     tcp: TcpSettings = TcpSettings()
@@ -289,6 +299,7 @@ def _inbound(document: Document) -> InboundSettings:
     _refuse_repeated_listen(document, listen)
     private_key = root.secret_key("private_key", file_key="private_key_file")
     fallback = root.text("fallback", HostPort.parse, expected=EXPECTED_ADDRESS)
+    workers = _workers(root)
     users = _users(root)
     targets = root.table("targets")
     allow = targets.texts("allow", TargetRule.parse, expected=EXPECTED_RULE)
@@ -303,6 +314,7 @@ def _inbound(document: Document) -> InboundSettings:
         private_key=private_key,
         users=users,
         fallback=fallback,
+        workers=workers,
         targets=TargetSettings(allow=tuple(rule for _, rule in allow), deny=tuple(rule for _, rule in deny)),
         limits=limits,
         tcp=tcp,
@@ -312,6 +324,7 @@ def _inbound(document: Document) -> InboundSettings:
 
 def _outbound(document: Document) -> OutboundSettings:
     root = document.root
+    workers = _workers(root)
     listen = []
     places = []
     for table in root.tables("listen"):
@@ -330,6 +343,7 @@ def _outbound(document: Document) -> OutboundSettings:
     return OutboundSettings(
         listen=tuple(listen),
         servers=tuple(servers),
+        workers=workers,
         pool=pool,
         limits=limits,
         tcp=tcp,
@@ -417,12 +431,24 @@ def _outbound_limits(table: Table) -> OutboundLimits:
 
 def _pool(table: Table) -> PoolSettings:
     base = PoolSettings()
+    max_idle = table.integer("max_idle", base.max_idle, minimum=0, maximum=MAX_TUNNELS)
+    max_tunnels = table.integer("max_tunnels", base.max_tunnels, minimum=1, maximum=MAX_TUNNELS)
+    min_idle = table.integer("min_idle", base.min_idle, minimum=0, maximum=MAX_TUNNELS)
+    for key, most in (("max_idle", max_idle), ("max_tunnels", max_tunnels)):
+        if min_idle > most:
+            table.problem("min_idle", f"the number {min_idle}", f"a whole number from 0 to {key}, which is {most}")
+            break
     return PoolSettings(
-        max_idle=table.integer("max_idle", base.max_idle, minimum=0, maximum=MAX_TUNNELS),
+        min_idle=min_idle,
+        max_idle=max_idle,
         idle_timeout_s=_timeout_s(table, "idle_timeout_s", base.idle_timeout_s, maximum=MAX_IDLE_TIMEOUT_S),
         max_streams=table.integer("max_streams", base.max_streams, minimum=1, maximum=MAX_STREAMS),
-        max_tunnels=table.integer("max_tunnels", base.max_tunnels, minimum=1, maximum=MAX_TUNNELS),
+        max_tunnels=max_tunnels,
     )
+
+
+def _workers(root: Table) -> int:
+    return root.integer("workers", 1, minimum=1, maximum=MAX_WORKERS)
 
 
 def _tcp(table: Table) -> TcpSettings:

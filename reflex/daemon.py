@@ -4,6 +4,9 @@ The story of :func:`run_daemon`: the log goes to stderr, the limit of open files
 the loop is uvloop's where it is installed. The signals are taken before the daemon starts, so that none ends in
 a traceback. Then: start, say where it listens, wait for SIGINT or SIGTERM, drain, exit with 0. A second one
 ends the process at once, even while a thread of the resolver hangs. SIGUSR1 asks for a report.
+
+Who gives these orders and hears how the start went is a :class:`Control`: the user, by signals and the log, or,
+for a worker (:mod:`reflex.supervisor`), its parent process.
 """
 
 from __future__ import annotations
@@ -55,28 +58,78 @@ class Daemon(Protocol):
         ...
 
 
-def run_daemon(make: Callable[[], Daemon], *, name: str, log_level: str) -> int:
+class Control(Protocol):
+    """Who tells a daemon to stop, and is told how its start went."""
+
+    def attach(self, on_stop: Callable[[int], None], on_report: Callable[[], None]) -> None:
+        """Called once, inside the running loop, before the daemon is made: from now on, hand on what is ordered.
+
+        ``on_stop`` wants the number of the signal that the order stands for; a second call ends the process.
+        """
+        ...
+
+    def ready(self, addresses: Sequence[str]) -> None:
+        """The daemon listens on these."""
+        ...
+
+    def failed(self, text: str) -> None:
+        """The daemon could not start; ``text`` is one line."""
+        ...
+
+
+class SignalControl:
+    """The user: orders are signals, news are log lines."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+
+    def attach(self, on_stop: Callable[[int], None], on_report: Callable[[], None]) -> None:
+        """Take SIGINT, SIGTERM and SIGUSR1."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, on_stop, signum)
+        loop.add_signal_handler(signal.SIGUSR1, on_report)
+
+    def ready(self, addresses: Sequence[str]) -> None:
+        """Log it."""
+        log_ready(self._log, addresses)
+
+    def failed(self, text: str) -> None:
+        """Log it."""
+        self._log.error("cannot start: %s", text)
+
+
+def run_daemon(
+    make: Callable[[], Daemon], *, name: str, log_level: str, control: Control | None = None, label: str = ""
+) -> int:
     """Runs the daemon that ``make`` returns, until it is told to stop; returns the process's exit code.
 
     Args:
         make: called once, inside the running event loop; may raise StartError or OSError.
         name: the name of the daemon's logger, such as ``reflex.inbound``.
         log_level: debug, info, warning or error.
+        control: who stops it; the user by default.
+        label: stands in every log line of this process, where several write to one log.
 
     Returns:
         0 after a drain that SIGINT or SIGTERM asked for, 2 if the daemon could not start.
         A second signal does not return: it ends the process with 128 + its number.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=log_level.upper(), format=LOG_FORMAT, datefmt=LOG_TIME_FORMAT, force=True
-    )
+    log = prepare_process(name, log_level=log_level, label=label)
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        return runner.run(_serve(make, log, control or SignalControl(log)))
+
+
+def prepare_process(name: str, *, log_level: str, label: str = "") -> logging.Logger:
+    """The log goes to stderr, and the limit of open files up; returns the logger called ``name``."""
+    form = LOG_FORMAT.replace("%(message)s", f"{label}: %(message)s") if label else LOG_FORMAT
+    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format=form, datefmt=LOG_TIME_FORMAT, force=True)
     log = logging.getLogger(name)
     _raise_file_limit(log)
-    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(_serve(make, log))
+    return log
 
 
-async def _serve(make: Callable[[], Daemon], log: logging.Logger) -> int:
+async def _serve(make: Callable[[], Daemon], log: logging.Logger, control: Control) -> int:
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
     daemon: Daemon | None = None
@@ -94,17 +147,14 @@ async def _serve(make: Callable[[], Daemon], log: logging.Logger) -> int:
         if daemon is not None:
             daemon.report()
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, on_stop, signum)
-    loop.add_signal_handler(signal.SIGUSR1, on_report)
-
+    control.attach(on_stop, on_report)
     try:
         daemon = make()
         addresses = await daemon.start()
     except (StartError, OSError) as error:
-        log.error("cannot start: %s", _one_line(error))
+        control.failed(one_line(error))
         return EXIT_NOT_STARTED
-    _log_always(log, "ready: listening on " + ", ".join(addresses))
+    control.ready(addresses)
 
     first = await stop
     log.info("%s: draining; a second signal ends at once", signal.Signals(first).name)
@@ -119,12 +169,13 @@ def _end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _log_always(log: logging.Logger, text: str) -> None:
+def log_ready(log: logging.Logger, addresses: Sequence[str]) -> None:
     """Logs at INFO whatever the log level: who starts a daemon waits for this line."""
+    text = "ready: listening on " + ", ".join(addresses)
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What went wrong, on one line, without the number that Python puts before a system error."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

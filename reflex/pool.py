@@ -33,7 +33,7 @@ T = TypeVar("T")
 TIER_SIZES: Final = (2_048, 8_192, 32_768, 131_072)
 # What each tier may keep free: about 2, 2, 4 and 8 MiB, enough for the burst of one loop turn.
 TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 128, 131_072: 64}
-HOLDER_FRAMES: Final = 4  # call frames that the debug switch keeps of a holder
+HOLDER_FRAMES: Final = 8  # call frames that the debug switch keeps of a holder
 
 _debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
 

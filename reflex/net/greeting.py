@@ -24,7 +24,7 @@ from reflex.net.fallback import Fallback
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials, accept_hello, looks_like_http_or_tls
 from reflex.protocol.pools import Pools
-from reflex.protocol.replay import ReplaySet
+from reflex.protocol.replay import ReplayMemory
 from reflex.protocol.wire import CLIENT_HELLO_SIZE
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Door:
 
     loop: asyncio.AbstractEventLoop
     credentials: ServerCredentials
-    replay: ReplaySet
+    replay: ReplayMemory
     pools: Pools
     counters: Counters
     handshake_timeout_s: float
@@ -79,6 +79,11 @@ class Greeting:
     def is_fallback(self) -> bool:
         """Whether the web server has it."""
         return self._fallback is not None
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it has not been decided yet what it is, so that its bytes are awaited."""
+        return not (self.ended or self._discarding or self._fallback is not None)
 
     def _on_readable(self) -> None:
         pools = self._door.pools

@@ -130,7 +130,10 @@ class FrameEncoder:
         end = self._end
         room = self._room_end - end - FRAME_HEADER_SIZE
         body = self._body
-        if body is None or (room < wanted_bytes and (end <= MOVABLE_BODY_BYTES or room < MIN_RESERVED_BYTES)):
+        if body is None or (
+            room < wanted_bytes
+            and (room < MIN_RESERVED_BYTES or (end <= MOVABLE_BODY_BYTES and len(body) < MAX_RECORD_SIZE))
+        ):
             body = self._make_room(
                 FRAME_HEADER_SIZE + min(wanted_bytes, MAX_PAYLOAD_SIZE - min(end, MOVABLE_BODY_BYTES))
             )

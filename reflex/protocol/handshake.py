@@ -37,7 +37,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from reflex.errors import AuthenticationFailed, ClockSkew, ConfigError, UnsupportedHello
-from reflex.protocol.replay import ReplaySet
+from reflex.protocol.replay import ReplayMemory
 from reflex.protocol.wire import (
     CLIENT_HELLO,
     CONFIRMATION_SIZE,
@@ -236,7 +236,7 @@ def accept_hello(
     credentials: ServerCredentials,
     *,
     now_s: int,
-    replay: ReplaySet,
+    replay: ReplayMemory,
     random_bytes: RandomBytes,
 ) -> AcceptedHello:
     """The server's side of one handshake, up to the answer: every check of section 2, in its order.

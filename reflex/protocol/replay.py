@@ -15,12 +15,20 @@ Source: ``docs/protocol.md``, section 2, *Replay set*. Three facts keep it exact
 from __future__ import annotations
 
 import heapq
-from typing import Final
+from typing import Final, Protocol
 
 from reflex.errors import Replayed
 from reflex.protocol.wire import HELLO_TIME_LIMIT_S
 
 DEFAULT_CAPACITY: Final = 2**20  # keys; section 2 names it. About 150 MB when full
+
+
+class ReplayMemory(Protocol):
+    """Where a server asks: its own set, or, from one of several workers, the set that they share."""
+
+    def check_and_insert(self, ephemeral: bytes, time_s: int, now_s: int) -> None:
+        """As :meth:`ReplaySet.check_and_insert`."""
+        ...
 
 
 class ReplaySet:

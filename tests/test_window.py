@@ -1,0 +1,221 @@
+"""reflex.protocol.window: credit that adds up whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from reflex.errors import FlowControlError, WindowExceeded
+from reflex.protocol.window import (
+    BUFFER_BUDGET,
+    GROWTH_BUDGET,
+    GROWTH_ROUND_TRIPS,
+    MAX_STREAM_RECEIVE_WINDOW,
+    Budget,
+    ReceiveWindow,
+    SendWindow,
+)
+from reflex.protocol.wire import MAX_WINDOW, Code
+
+sizes = st.integers(0, MAX_WINDOW)
+
+
+def test_limits_of_this_implementation() -> None:
+    assert MAX_STREAM_RECEIVE_WINDOW == 16 * 2**20
+    assert GROWTH_BUDGET == 256 * 2**20
+    assert BUFFER_BUDGET == 256 * 2**20
+
+
+# The budget that all windows share.
+
+
+def test_a_budget_starts_empty_with_the_process_limits() -> None:
+    budget = Budget()
+    assert (budget.growth, budget.growth_limit) == (0, GROWTH_BUDGET)
+    assert (budget.buffered, budget.buffered_limit) == (0, BUFFER_BUDGET)
+    assert Budget(growth_limit=5, buffered_limit=6).growth_limit == 5
+    assert Budget(growth_limit=5, buffered_limit=6).buffered_limit == 6
+
+
+def test_growth_is_taken_up_to_the_limit_and_no_further() -> None:
+    budget = Budget(growth_limit=100)
+    assert budget.take_growth(60)
+    assert not budget.take_growth(41)
+    assert budget.growth == 60
+    assert budget.take_growth(40)
+    assert not budget.take_growth(1)
+    budget.give_growth(60)
+    assert budget.growth == 40
+    assert budget.take_growth(60)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 500)))
+def test_growth_never_passes_its_limit_and_all_of_it_comes_back(limit: int, wishes: list[int]) -> None:
+    budget = Budget(growth_limit=limit)
+    taken = [size for size in wishes if budget.take_growth(size)]
+    assert budget.growth == sum(taken) <= limit
+    for size in taken:
+        budget.give_growth(size)
+    assert budget.growth == 0
+
+
+# Sending.
+
+
+@given(available=sizes, size=sizes)
+def test_no_more_can_be_sent_than_the_window_holds(available: int, size: int) -> None:
+    window = SendWindow(available)
+    if size <= available:
+        window.take(size)
+        assert window.available == available - size
+        return
+    with pytest.raises(WindowExceeded) as caught:
+        window.take(size)
+    assert (caught.value.size_bytes, caught.value.window_bytes) == (size, available)
+    assert window.available == available
+
+
+@given(available=sizes, increment=st.integers(-1, 2**32 - 1))
+def test_a_window_is_raised_by_one_or_more_and_never_above_its_maximum(available: int, increment: int) -> None:
+    window = SendWindow(available)
+    if increment >= 1 and available + increment <= MAX_WINDOW:
+        window.add(increment)
+        assert window.available == available + increment
+        return
+    with pytest.raises(FlowControlError) as caught:
+        window.add(increment)
+    assert caught.value.code == Code.FLOW_CONTROL
+    assert window.available == available
+
+
+@pytest.mark.parametrize(
+    ("available", "increment", "allowed"),
+    [
+        (0, 0, False),
+        (0, 1, True),
+        (0, MAX_WINDOW, True),
+        (1, MAX_WINDOW, False),
+        (MAX_WINDOW - 1, 1, True),
+        (MAX_WINDOW, 1, False),
+        (0, 2**32 - 1, False),
+    ],
+)
+def test_increments_at_the_edges(available: int, increment: int, *, allowed: bool) -> None:
+    window = SendWindow(available)
+    if allowed:
+        window.add(increment)
+    else:
+        with pytest.raises(FlowControlError):
+            window.add(increment)
+    assert window.available == available + increment * allowed
+
+
+# Receiving.
+
+
+def test_overrunning_a_window_is_refused_and_counts_nothing() -> None:
+    window = ReceiveWindow(100)
+    window.receive(99)
+    with pytest.raises(FlowControlError):
+        window.receive(2)
+    assert window.available == 1
+    window.receive(1)
+    with pytest.raises(FlowControlError):
+        window.receive(1)
+
+
+@pytest.mark.parametrize("size", [100, 101])
+def test_the_peer_is_told_at_half_a_window(size: int) -> None:
+    window = ReceiveWindow(size)
+    window.receive(size)
+    half = (size + 1) // 2
+    assert not window.release(half - 1)
+    assert window.release(1)
+    assert window.update(now_s=1.0) == half
+    assert (window.available, window.owed) == (half, 0)
+
+
+def test_a_window_wants_growth_if_half_of_it_went_by_within_two_round_trips() -> None:
+    window = ReceiveWindow(100)
+    window.update(now_s=10.0)
+    assert window.updated_s == 10.0
+    assert GROWTH_ROUND_TRIPS == 2.0
+    assert window.wants_growth(now_s=10.99, round_trip_s=0.5)
+    assert not window.wants_growth(now_s=11.0, round_trip_s=0.5)
+    assert not window.wants_growth(now_s=10.0, round_trip_s=0.0), "no round trip was measured yet"
+
+
+def test_growth_is_credit_that_the_next_update_tells_of() -> None:
+    window = ReceiveWindow(100)
+    window.grow(100)
+    assert (window.size, window.available, window.owed) == (200, 100, 100)
+    assert window.update(now_s=0.0) == 100
+    assert (window.size, window.available, window.owed) == (200, 200, 0)
+
+
+def test_an_update_never_raises_the_peers_window_above_its_maximum() -> None:
+    window = ReceiveWindow(MAX_WINDOW - 10)
+    window.grow(30)
+    assert window.update(now_s=0.0) == 10
+    assert (window.available, window.owed) == (MAX_WINDOW, 20)
+    assert window.update(now_s=0.0) == 0
+    window.receive(15)
+    assert window.update(now_s=0.0) == 15
+    assert window.owed == 5
+
+
+class CreditMachine(RuleBasedStateMachine):
+    """One sender's window against one receiver's, with updates that may be under way."""
+
+    @initialize(size=st.integers(1, 1000))
+    def start(self, size: int) -> None:
+        self.sender = SendWindow(size)
+        self.receiver = ReceiveWindow(size)
+        self.held = 0
+        self.sent_not_received = 0
+        self.told_not_heard: list[int] = []
+
+    @rule(size=st.integers(0, 1500))
+    def send(self, size: int) -> None:
+        if size > self.sender.available:
+            with pytest.raises(WindowExceeded):
+                self.sender.take(size)
+        else:
+            self.sender.take(size)
+            self.sent_not_received += size
+
+    @rule(part=st.floats(0, 1))
+    def receive(self, part: float) -> None:
+        size = int(self.sent_not_received * part)
+        self.receiver.receive(size)
+        self.sent_not_received -= size
+        self.held += size
+
+    @rule(part=st.floats(0, 1))
+    def read(self, part: float) -> None:
+        size = int(self.held * part)
+        self.held -= size
+        if self.receiver.release(size) and (increment := self.receiver.update(now_s=0.0)):
+            self.told_not_heard.append(increment)
+
+    @rule(size=st.integers(0, 1000))
+    def grow(self, size: int) -> None:
+        self.receiver.grow(size)
+
+    @rule()
+    def hear(self) -> None:
+        for increment in self.told_not_heard:
+            self.sender.add(increment)
+        self.told_not_heard = []
+
+    @invariant()
+    def credit_adds_up(self) -> None:
+        receiver = self.receiver
+        assert receiver.available + receiver.owed + self.held == receiver.size
+        assert min(receiver.available, receiver.owed, self.sender.available) >= 0
+        assert self.sender.available + self.sent_not_received + sum(self.told_not_heard) == receiver.available
+
+
+TestCredit = CreditMachine.TestCase
