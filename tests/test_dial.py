@@ -16,7 +16,7 @@ import uvloop
 
 from reflex.errors import DialError
 from reflex.net import dial as dial_module
-from reflex.net.dial import AddrInfo, begin_connect, dial, finish_connect, resolve, set_options, status_of
+from reflex.net.dial import AddrInfo, begin_connect, dial, finish_connect, is_connected, resolve, set_options, status_of
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
@@ -422,3 +422,30 @@ def test_set_options(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_status_of(error: BaseException, status: Status) -> None:
     assert status_of(error) is status
+
+
+def test_a_connection_on_the_same_machine_is_there_right_after_it_was_begun() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = Address.of("127.0.0.1", server.getsockname()[1])
+        with begin_connect(address) as sock:
+            assert is_connected(sock, address)
+            assert is_connected(sock, address)  # asking again changes nothing
+
+
+def test_a_refusal_on_the_same_machine_is_known_right_after_the_connection_was_begun() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = Address.of("127.0.0.1", closed.getsockname()[1])
+        with begin_connect(address) as sock:
+            with pytest.raises(DialError) as caught:
+                is_connected(sock, address)
+            assert caught.value.status == Status.REFUSED
+
+
+def test_a_connection_that_is_under_way_is_not_there_yet() -> None:
+    class UnderWay(socket.socket):
+        def connect_ex(self, address: object) -> int:
+            return errno.EALREADY
+
+    with UnderWay() as sock:
+        assert not is_connected(sock, Address.of("127.0.0.1", 9))

@@ -161,12 +161,13 @@ class Relay:
         if not size:
             self._wants_to_read = False
             self._read_ended = True
-            self._pause()
             session.finish(self.stream)
             tunnel.flush_soon()
             if self.stream.is_closed:
                 tunnel.stream_ended()
             self._end_if_done()
+            if not self.ended:
+                self._pause()
             return
         session.commit(self.stream, size)
         self._counters.bytes_into_tunnels += size
@@ -258,6 +259,9 @@ class Relay:
 
     def _pass_fin(self) -> None:
         self._local_done = True
+        if self.stream.is_closed:
+            self.end(reset=False)  # everything was read: closing sends the FIN, and costs one call less
+            return
         try:
             self._sock.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
         except OSError:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from reflex.errors import DialError
 from reflex.metrics import Counters
-from reflex.net.dial import begin_connect, dial, finish_connect
+from reflex.net.dial import begin_connect, dial, finish_connect, is_connected
 from reflex.net.relay import Relay, set_reset_on_close
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import Tunnel
@@ -63,12 +63,16 @@ class TargetRelay(Relay):
             self._task = loop.create_task(self._dial(address))
             return
         try:
-            self._attempt = begin_connect(
+            sock = self._attempt = begin_connect(
                 address,
                 nodelay=dialling.nodelay,
                 keepalive_s=dialling.keepalive_s,
                 policy=dialling.policy,
             )
+            if is_connected(sock, address):
+                self._attempt = None
+                self._accept(sock)
+                return
         except DialError as error:
             self._refuse(error)
             return
@@ -98,14 +102,17 @@ class TargetRelay(Relay):
     def _on_connected(self) -> None:
         sock = self._attempt
         assert sock is not None  # noqa: S101  # it is the one that became writable
-        self._loop.remove_writer(sock)
         try:
             finish_connect(sock)
         except DialError as error:
             self._refuse(error)
             return
-        self._attempt = None
         self._accept(sock)
+        # Only now, when it is read: the loop's registration is changed, not given up and made again.
+        if self._attempt is not None:
+            self._attempt = None
+            if not self._is_writing:
+                self._loop.remove_writer(sock)
 
     def _on_timeout(self) -> None:
         self._refuse(DialError(Status.TIMED_OUT, f"no connection within {self._dialling.timeout_s:g} s"))
@@ -141,7 +148,8 @@ class TargetRelay(Relay):
                 self._task = None
             if self._attempt is not None:
                 self._loop.remove_writer(self._attempt)
-                set_reset_on_close(self._attempt)
-                self._attempt.close()
+                if self._attempt is not self._sock:
+                    set_reset_on_close(self._attempt)
+                    self._attempt.close()
                 self._attempt = None
         super().end(reset=reset)
