@@ -76,9 +76,22 @@ class FrameEncoder:
     Args:
         cipher: the direction's cipher state; used by nobody else.
         buffers: where plaintext and ciphertext buffers are borrowed.
+
+    Attributes:
+        control_bytes: what :meth:`write` has packed since everything was last taken.
     """
 
-    __slots__ = ("_body", "_buffers", "_cipher", "_end", "_records", "_room_end", "_sealed_bytes", "_sent")
+    __slots__ = (
+        "_body",
+        "_buffers",
+        "_cipher",
+        "_end",
+        "_records",
+        "_room_end",
+        "_sealed_bytes",
+        "_sent",
+        "control_bytes",
+    )
 
     def __init__(self, cipher: CipherState, buffers: TieredPool) -> None:
         self._cipher = cipher
@@ -89,11 +102,17 @@ class FrameEncoder:
         self._records: deque[tuple[memoryview, int]] = deque()  # ciphertext buffer, record size
         self._sealed_bytes = 0
         self._sent = 0  # bytes of the first record that were taken
+        self.control_bytes = 0
 
     @property
     def unsent_bytes(self) -> int:
         """Bytes that are packed or sealed and not yet taken."""
         return self._end + self._sealed_bytes - self._sent
+
+    @property
+    def is_packing(self) -> bool:
+        """Whether anything is packed and not yet sealed."""
+        return self._end > 0
 
     @property
     def has_output(self) -> bool:
@@ -119,6 +138,7 @@ class FrameEncoder:
         if size:
             body[start + FRAME_HEADER_SIZE : end] = payload
         self._end = end
+        self.control_bytes += needed
 
     def reserve(self, wanted_bytes: int) -> memoryview:
         """Room for up to ``wanted_bytes`` (1 to MAX_PAYLOAD_SIZE) of payload, to be filled in place.
@@ -206,6 +226,8 @@ class FrameEncoder:
             self._sealed_bytes -= size
             self._sent = 0
             self._buffers.release(record, 0)
+            if not self._records:
+                self.control_bytes = 0
 
     def close(self) -> None:
         """Give every buffer back; what was not sent is lost."""

@@ -131,8 +131,8 @@ def on_datagram(session: Session, frame: Frame) -> Iterator[Event]:
         raise FrameError("a DATAGRAM whose address is none") from None
     if stream is None:
         return
-    if stream.network == Network.TCP:
-        raise FrameError(f"DATAGRAM on {stream!r}, which is no UDP stream")
+    if stream.network == Network.TCP or not st.MAY_RECEIVE[stream.state]:
+        raise FrameError(f"DATAGRAM on {stream!r}")
     data = frame.payload[end:]
     if stream.held_bytes + len(data) > DATAGRAM_BACKLOG:
         return
@@ -187,7 +187,7 @@ def on_goaway(session: Session, frame: Frame) -> Iterator[Event]:
 def on_close(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
     check_size(frame, CODE.size)
-    session.close_received = True
+    session.close_received = session._is_ending = True
     yield session._event.set(EventKind.CLOSED, None, CODE.unpack(frame.payload)[0])
 
 

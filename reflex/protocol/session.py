@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from reflex.errors import FrameError, ProtocolError, SessionClosed, StreamsExhausted
+from reflex.errors import FrameError, LocalError, ProtocolError, SessionClosed, StreamsExhausted, StreamStateError
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event, EventKind
@@ -46,7 +46,7 @@ from reflex.protocol.wire import (
     Status,
 )
 
-# Answers and data that wait for a peer which does not read; far above what back-pressure lets wait.
+# Answers that wait for a peer which does not read them; DATA is bounded by the windows.
 MAX_UNSENT_BYTES: Final = 1_048_576
 
 # Plain ints and bound names for what is asked for every frame.
@@ -75,6 +75,7 @@ class Session:
         "_goaway_sent",
         "_highest_id",
         "_is_client",
+        "_is_ending",
         "_is_over",
         "_liveness",
         "_max_streams",
@@ -121,7 +122,8 @@ class Session:
         self.peer_time_ms = 0
         self._goaway_sent = False
         self._goaway_received = False
-        self._is_over = False
+        self._is_over = False  # close_buffers was called
+        self._is_ending = False  # it was, or CLOSE was sent or received
         self.close_sent = False
         self.close_received = False
         self._encoder.write(
@@ -217,7 +219,7 @@ class Session:
         live = self.streams
         session_window = self._receive_window
         for frame in self._decoder:
-            if self.close_received or (self.close_sent and frame.type != FrameType.CLOSE):
+            if self._is_ending and (self._is_over or self.close_received or frame.type != FrameType.CLOSE):
                 continue  # nothing is answered after CLOSE, and nothing said after it counts
             if frame.type == _DATA:
                 size = len(frame.payload)
@@ -242,7 +244,7 @@ class Session:
                 yield from handler(self, frame)
             elif frame.type < FIRST_IGNORED_TYPE:
                 raise FrameError(f"a frame of unknown type {frame.type:#04x}")
-            if self._encoder.unsent_bytes > MAX_UNSENT_BYTES:
+            if self._encoder.control_bytes > MAX_UNSENT_BYTES:
                 raise ProtocolError("the peer asks for answers and does not read them")
 
     def _hold(self, stream: Stream, size_bytes: int) -> None:
@@ -287,7 +289,10 @@ class Session:
         Raises:
             SessionClosed: the session takes no new streams.
             StreamsExhausted: the peer's limit is reached, or the ids have run out.
+            LocalError: TCP without an address, or UDP with one.
         """
+        if (address is None) != (network == Network.UDP):
+            raise LocalError("a TCP stream is opened with an address, a UDP stream without")
         if not self._is_client or self._goaway_received or self._goaway_sent or self.close_sent or self.close_received:
             raise SessionClosed("this session opens no new streams")
         if not self.has_room:
@@ -321,24 +326,28 @@ class Session:
         Returns:
             The view, valid until the next call of any other method; shorter where a window or the
             record ends. None where a window is used up: a WRITABLE event follows.
+
+        Raises:
+            StreamStateError: the stream has ended sending, or carries datagrams.
         """
+        if not st.MAY_SEND[stream.state] or stream.network != _TCP:
+            raise StreamStateError(stream.id, repr(stream), "send DATA")
         window_bytes = min(stream.send_window.available, self._send_window.available)
         if window_bytes <= 0:
             return None
         return self._encoder.reserve(min(wanted_bytes, window_bytes))
 
     def commit(self, stream: Stream, size_bytes: int) -> None:
-        """The first ``size_bytes`` of the reserved view are DATA of the stream.
+        """The first ``size_bytes`` of the reserved view are DATA of the stream; for 0 nothing is written.
 
         Raises:
-            StreamStateError: the stream has ended sending.
-            WindowExceeded: more than was reserved.
+            WindowExceeded: more than was reserved; nothing is written.
         """
-        if not st.MAY_SEND[stream.state]:
-            stream.move(st.SEND_DATA)
-        self._encoder.commit(_DATA, stream.id, size_bytes)
+        if not size_bytes:
+            return
         stream.send_window.take(size_bytes)
         self._send_window.take(size_bytes)
+        self._encoder.commit(_DATA, stream.id, size_bytes)
 
     def send(self, stream: Stream, data: bytes | memoryview) -> int:
         """Send as much of ``data`` as the windows allow, copying it; return how many bytes that was."""
@@ -351,13 +360,25 @@ class Session:
         return len(data) - len(rest)
 
     def finish(self, stream: Stream) -> None:
-        """This side has sent its last on the stream."""
+        """This side has sent its last on the stream.
+
+        Raises:
+            StreamStateError: it had, or the stream carries datagrams, which ends by a reset.
+        """
+        if stream.network != _TCP:
+            raise StreamStateError(stream.id, repr(stream), "send DATA_FIN")
         stream.move(st.SEND_FIN)
         self._encoder.write(FrameType.DATA_FIN, stream.id)
         self._forget_if_closed(stream)
 
     def send_datagram(self, stream: Stream, address: Address, data: bytes) -> None:
-        """Send one datagram on a UDP stream."""
+        """Send one datagram on a UDP stream.
+
+        Raises:
+            StreamStateError: the stream has ended, or is no UDP stream.
+        """
+        if stream.network == _TCP:
+            raise StreamStateError(stream.id, repr(stream), "send a DATAGRAM")
         stream.move(st.SEND_DATA)
         self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
 
@@ -372,7 +393,7 @@ class Session:
         """The application is done with so many bytes of the stream: the peer may send as many more."""
         stream.held_bytes -= size_bytes
         self._budget.buffered -= size_bytes
-        if self._is_over or self.close_sent:
+        if self._is_ending:
             return
         if self._withheld:
             size = min(self._withheld, size_bytes)
@@ -404,7 +425,9 @@ class Session:
                 stream.grown_bytes = 0
 
     def ping(self) -> None:
-        """Send a PING; its PONG tells the round trip."""
+        """Send a PING; its PONG tells the round trip. Nothing after CLOSE."""
+        if self._is_ending:
+            return
         self._encoder.write(FrameType.PING, 0, self._liveness.next_ping(self.now_s))
 
     @property
@@ -414,16 +437,25 @@ class Session:
 
     def go_away(self, code: Code) -> None:
         """Take no new streams; those that are open go on."""
-        if not self._goaway_sent:
+        if not self._goaway_sent and not self._is_ending:
             self._goaway_sent = True
             last_id = 0 if self._is_client else max(self._highest_id, 0)
             self._encoder.write(FrameType.GOAWAY, 0, GOAWAY.pack(last_id, code))
 
     def close(self, code: Code) -> None:
         """End the session cleanly: nothing is sent after this. Streams that are open are lost."""
-        if not self.close_sent:
+        if not self._is_over and not self.close_sent:
             self._encoder.write(FrameType.CLOSE, 0, CODE.pack(code))
-            self.close_sent = True
+            self.close_sent = self._is_ending = True
+            self._drop_streams()
+
+    def _drop_streams(self) -> None:
+        """Every stream that is left is closed, and its growth given back."""
+        for stream in self.streams.values():
+            self._budget.give_growth(stream.grown_bytes)
+            stream.grown_bytes = 0
+            stream.state = st.CLOSED
+        self.streams.clear()
 
     def is_dead(self) -> bool:
         """To be asked every second or so, with ``now_s`` set: whether the peer is dead.
@@ -432,7 +464,7 @@ class Session:
         """
         if self._liveness.is_dead(self.now_s):
             return True
-        if self._liveness.ping_is_due(self.now_s) and not self.close_sent:
+        if self._liveness.ping_is_due(self.now_s):
             self.ping()
         return False
 
@@ -450,7 +482,8 @@ class Session:
 
     def seal(self) -> None:
         """Seal what is packed: to be called once a turn, before :meth:`output`."""
-        self._liveness.sent_s = self.now_s
+        if self._encoder.is_packing:
+            self._liveness.sent_s = self.now_s
         self._encoder.seal()
 
     def output(self) -> memoryview | None:
@@ -477,10 +510,6 @@ class Session:
         """
         self._encoder.close()
         self._decoder.close()
-        self._is_over = True
+        self._is_over = self._is_ending = True
         self._goaway_received = True
-        for stream in list(self.streams.values()):
-            self._budget.give_growth(stream.grown_bytes)
-            stream.grown_bytes = 0
-            stream.state = st.CLOSED
-        self.streams.clear()
+        self._drop_streams()
