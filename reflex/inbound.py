@@ -19,13 +19,14 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from reflex.config import HostPort, InboundSettings
 from reflex.errors import DialError, StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.greeting import Door, Greeting
-from reflex.net.listener import Listener
+from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
@@ -38,15 +39,22 @@ from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
+from reflex.worker import WorkerContext
 
 log = logging.getLogger(__name__)
 
 
 class Inbound:
-    """The server daemon. ``start``, then ``drain`` or ``abort``; see :class:`reflex.daemon.Daemon`."""
+    """The server daemon. ``start``, then ``drain`` or ``abort``; see :class:`reflex.daemon.Daemon`.
 
-    def __init__(self, settings: InboundSettings) -> None:
+    Args:
+        settings: what inbound.toml says.
+        shared: what it shares with the other workers, where it is one of several.
+    """
+
+    def __init__(self, settings: InboundSettings, *, shared: WorkerContext | None = None) -> None:
         self._settings = settings
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
@@ -55,7 +63,7 @@ class Inbound:
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
         )
-        self._replay = ReplaySet(int(time.time()))
+        self._replay = ReplaySet(int(time.time())) if shared is None else shared.replay
         self._dialling = Dialling(
             policy=TargetPolicy(settings.targets.allow, settings.targets.deny),
             timeout_s=settings.limits.dial_timeout_s,
@@ -84,8 +92,12 @@ class Inbound:
             on_end=self._on_greeting_end,
         )
         try:
-            for address in settings.listen:
-                self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
+            if self._shared is not None:
+                listen = partial(Listener.of_socket, self._loop, on_accept=self._on_accept)
+                self._listeners += map(listen, self._shared.sockets)
+            else:
+                for address in settings.listen:
+                    self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
         except StartError:
             self._stop_listening()
             raise
@@ -94,7 +106,7 @@ class Inbound:
     # 1. A connection arrives.
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if len(self._greetings) + len(self._tunnels) >= self._settings.limits.max_connections:
+        if self._connections() >= self._settings.limits.max_connections:
             self._counters.connections_refused += 1
             sock.close()
             return
@@ -107,9 +119,20 @@ class Inbound:
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
         self._greetings.add(Greeting(self._door, sock, peer))
+        self._publish_connections()
+
+    def _connections(self) -> int:
+        """How many there are, in all workers."""
+        elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
+        return len(self._greetings) + len(self._tunnels) + elsewhere
+
+    def _publish_connections(self) -> None:
+        if self._shared is not None:
+            self._shared.connections.publish(len(self._greetings) + len(self._tunnels))
 
     def _on_greeting_end(self, greeting: Greeting) -> None:
         self._greetings.discard(greeting)
+        self._publish_connections()
         self._check_all_ended()
 
     # 2. It is Reflex.
@@ -136,6 +159,7 @@ class Inbound:
                 # A fresh connection that does not take 40 bytes is gone.
                 session.close_buffers()
                 sock.close()
+                self._on_greeting_end(greeting)
                 return
             session.sent(size - len(answer))
         finally:
@@ -160,6 +184,7 @@ class Inbound:
 
     def _on_tunnel_end(self, tunnel: Tunnel) -> None:
         self._tunnels.discard(tunnel)
+        self._publish_connections()
         self._check_all_ended()
 
     # 3. A stream is opened.
@@ -192,6 +217,12 @@ class Inbound:
 
     async def drain(self) -> None:
         """No new work; running streams get ``drain_s``, then they are reset."""
+        deadline_s = self._loop.time() + self._settings.limits.drain_s
+        await finish_listening(
+            self._listeners,
+            lambda: not any(greeting.is_undecided for greeting in self._greetings),
+            at_most_s=min(SETTLE_S, self._settings.limits.drain_s),
+        )
         self._is_draining = True
         self._stop_listening()
         for tunnel in list(self._tunnels):
@@ -202,7 +233,7 @@ class Inbound:
                 greeting.end(reset=False)
         self._check_all_ended()
         try:
-            async with asyncio.timeout(self._settings.limits.drain_s):
+            async with asyncio.timeout_at(deadline_s):
                 await self._all_ended.wait()
         except TimeoutError:
             log.info(
@@ -232,6 +263,8 @@ class Inbound:
             "replay_keys": len(self._replay),
             "buffered_bytes": self._budget.buffered,
         }
+        if self._shared is not None:
+            gauges["worker"] = self._shared.number
         log.info("statistics: %s", statistics_json(self._counters, self._pools.statistics(), gauges))
 
     def _stop_listening(self) -> None:

@@ -28,7 +28,7 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
-from reflex.net.listener import Listener
+from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.server import Server
 from reflex.net.tunnel import Tunnel
 from reflex.net.tunnels import TunnelPool
@@ -38,6 +38,7 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Suite
+from reflex.worker import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,22 @@ _AES_FLAGS: Final = ("aes", "pmull")  # x86's AES-NI; ARMv8's, where GCM needs b
 
 
 class Outbound:
-    """The client daemon. ``start``, then ``drain`` or ``abort``; see :class:`reflex.daemon.Daemon`."""
+    """The client daemon. ``start``, then ``drain`` or ``abort``; see :class:`reflex.daemon.Daemon`.
 
-    def __init__(self, settings: OutboundSettings) -> None:
+    Args:
+        settings: what outbound.toml says.
+        shared: what it shares with the other workers, where it is one of several.
+    """
+
+    def __init__(self, settings: OutboundSettings, *, shared: WorkerContext | None = None) -> None:
         self._settings = settings
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
         self._budget = Budget()
         self._tunnels: TunnelPool[Tunnel] = TunnelPool(
+            min_idle=settings.pool.min_idle,
             max_idle=settings.pool.max_idle,
             idle_timeout_s=settings.pool.idle_timeout_s,
             max_streams=settings.pool.max_streams,
@@ -92,14 +100,18 @@ class Outbound:
     async def start(self) -> Sequence[str]:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
         try:
-            for listen in self._settings.listen:
-                self._listeners.append(
-                    Listener(self._loop, listen.address.host, listen.address.port, self._accepter(listen))
-                )
+            for position, listen in enumerate(self._settings.listen):
+                on_accept = self._accepter(listen)
+                if self._shared is not None:
+                    listener = Listener.of_socket(self._loop, self._shared.sockets[position], on_accept)
+                else:
+                    listener = Listener(self._loop, listen.address.host, listen.address.port, on_accept)
+                self._listeners.append(listener)
         except StartError:
             self._stop_listening()
             raise
         self._expiry_timer = self._loop.call_later(EXPIRY_INTERVAL_S, self._expire)
+        self._connector.keep_warm()
         return [listener.address for listener in self._listeners]
 
     # 1. An application arrives.
@@ -122,7 +134,7 @@ class Outbound:
         return partial(self._on_accept, door)
 
     def _on_accept(self, door: Door, sock: socket.socket) -> None:
-        if len(self._visitors) >= self._settings.limits.max_connections:
+        if self._connections() >= self._settings.limits.max_connections:
             self._counters.connections_refused += 1
             sock.close()
             return
@@ -135,9 +147,20 @@ class Outbound:
         visitor = Visitor(door, sock)
         if not visitor.ended:
             self._visitors.add(visitor)
+            self._publish_connections()
+
+    def _connections(self) -> int:
+        """How many there are, in all workers."""
+        elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
+        return len(self._visitors) + elsewhere
+
+    def _publish_connections(self) -> None:
+        if self._shared is not None:
+            self._shared.connections.publish(len(self._visitors))
 
     def _on_visitor_end(self, visitor: Visitor) -> None:
         self._visitors.discard(visitor)
+        self._publish_connections()
         self._check_all_ended()
 
     # 2. It needs a tunnel.
@@ -180,14 +203,21 @@ class Outbound:
             self._connector.room_was_made()
 
     def _expire(self) -> None:
-        for _, tunnel in self._tunnels.expire(self._loop.time()):
+        for _, tunnel in self._connector.expire():
             tunnel.close(Code.IDLE)
+        self._connector.keep_warm()  # what was lost is dialled again here, so that no server is stormed
         self._expiry_timer = self._loop.call_later(EXPIRY_INTERVAL_S, self._expire)
 
     # 5. The end.
 
     async def drain(self) -> None:
         """No new work; running connections get ``drain_s``, then they are reset."""
+        deadline_s = self._loop.time() + self._settings.limits.drain_s
+        await finish_listening(
+            self._listeners,
+            lambda: all(visitor.has_stream for visitor in self._visitors),
+            at_most_s=min(SETTLE_S, self._settings.limits.drain_s),
+        )
         self._is_draining = True
         self._stop_listening()
         for visitor in list(self._visitors):
@@ -198,7 +228,7 @@ class Outbound:
             self._on_stream_end(tunnel)
         self._check_all_ended()
         try:
-            async with asyncio.timeout(self._settings.limits.drain_s):
+            async with asyncio.timeout_at(deadline_s):
                 await self._all_ended.wait()
         except TimeoutError:
             log.info(
@@ -228,6 +258,8 @@ class Outbound:
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "buffered_bytes": self._budget.buffered,
         }
+        if self._shared is not None:
+            gauges["worker"] = self._shared.number
         log.info("statistics: %s", statistics_json(self._counters, self._pools.statistics(), gauges))
 
     def _stop_listening(self) -> None:

@@ -119,7 +119,10 @@ def test_what_the_files_show_as_defaults_is_the_default(tmp_path: Path) -> None:
         before = repr(load(path))
         lines = path.read_text().splitlines()
         switched = [
-            line.removeprefix("# ") if "_s = " in line or "max_" in line or "delay" in line else line for line in lines
+            line.removeprefix("# ")
+            if "_s = " in line or "max_" in line or "delay" in line or "workers" in line or "min_" in line
+            else line
+            for line in lines
         ]
         assert switched != lines
         path.write_text("\n".join(switched))
@@ -239,6 +242,16 @@ def test_check_of_good_files(tmp_path: Path, capsys: Capture) -> None:
     )
 
 
+def test_check_names_workers(tmp_path: Path, capsys: Capture) -> None:
+    init(tmp_path)
+    for name in ("inbound.toml", "outbound.toml"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace("# workers = 1", "workers = 4"))
+        capsys.readouterr()
+        assert cli.main(["check", "-c", str(path)]) == 0
+        assert " with 4 workers; " in capsys.readouterr().out
+
+
 def test_check_names_forwards_and_fallback_and_warns(tmp_path: Path, capsys: Capture) -> None:
     init(tmp_path)
     outbound = tmp_path / "outbound.toml"
@@ -308,6 +321,36 @@ def test_daemons_are_made_of_their_settings(
     ((fake, logger, log_level),) = runs
     assert isinstance(fake.settings, kind)
     assert (logger, log_level) == (f"reflex.{name}", "debug")
+
+
+@pytest.mark.parametrize(
+    ("main", "name", "listen"),
+    [(cli.inbound_main, "inbound", ("0.0.0.0", 8443)), (cli.outbound_main, "outbound", ("127.0.0.1", 1080))],
+)
+def test_daemons_with_workers(
+    main: Callable[[Sequence[str]], int],
+    name: str,
+    listen: tuple[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fake:
+        def __init__(self, settings: object, *, shared: object) -> None:
+            self.shared = shared
+
+    def run(make: Callable[[object], Fake], **more: object) -> int:
+        assert make("shared").shared == "shared"
+        assert more == {"listen": [listen], "workers": 2, "name": f"reflex.{name}", "log_level": "info"}
+        return 7
+
+    module = types.ModuleType(f"reflex.{name}")
+    setattr(module, name.capitalize(), Fake)
+    monkeypatch.setitem(sys.modules, f"reflex.{name}", module)
+    monkeypatch.setattr("reflex.supervisor.run_workers", run)
+    init(tmp_path)
+    path = tmp_path / f"{name}.toml"
+    path.write_text(path.read_text().replace("# workers = 1", "workers = 2"))
+    assert main(["-c", str(path)]) == 7
 
 
 def test_daemons_show_warnings_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -105,6 +105,7 @@ def test_least_inbound_has_the_defaults(tmp_path: Path) -> None:
     assert (limits.handshake_timeout_s, limits.dial_timeout_s) == (10, 10)
     assert (limits.idle_timeout_s, limits.drain_s) == (300, 30)
     assert loaded.tcp == TcpSettings(nodelay=True, keepalive_s=600)
+    assert loaded.workers == 1
     assert loaded.warnings == ()
 
 
@@ -158,6 +159,7 @@ def test_least_outbound_has_the_defaults(tmp_path: Path) -> None:
     assert (server.user_id, server.user_key, server.cipher) == (uuid.UUID(ID), Secret(bytes(range(32, 64))), "auto")
     pool, limits = loaded.pool, loaded.limits
     assert (pool.max_idle, pool.idle_timeout_s, pool.max_streams, pool.max_tunnels) == (8, 60, 256, 8)
+    assert (pool.min_idle, loaded.workers) == (0, 1)
     assert (limits.max_connections, limits.connect_timeout_s, limits.handshake_timeout_s) == (5000, 10, 10)
     assert (limits.idle_timeout_s, limits.drain_s) == (300, 30)
     assert loaded.warnings == ()
@@ -432,6 +434,36 @@ def test_bad_numbers(tmp_path: Path, line: str, problem: str) -> None:
         assert found.startswith(f"limits.{key}: {problem}")
 
 
+def test_workers(tmp_path: Path) -> None:
+    for load, text in ((load_inbound, INBOUND), (load_outbound, OUTBOUND)):
+        assert load(write(tmp_path, f"workers = 64\n{text}")).workers == 64
+        for value, found in (
+            ("0", "the number 0"),
+            ("65", "the number 65"),
+            ("true", "true"),
+            ("1.0", "the number 1.0"),
+        ):
+            (problem,) = problems(load, tmp_path, f"workers = {value}\n{text}")
+            assert problem == f"workers: {found}; expected a whole number from 1 to 64"
+
+
+def test_min_idle(tmp_path: Path) -> None:
+    for lines, key, most in (
+        ("min_idle = 9", "max_idle", 8),
+        ("max_idle = 1\nmin_idle = 2", "max_idle", 1),
+        ("max_tunnels = 3\nmin_idle = 4", "max_tunnels", 3),
+    ):
+        problem = outbound_problem(tmp_path, f"{OUTBOUND}[pool]\n{lines}")
+        number = lines.rpartition(" ")[2]
+        assert (
+            problem == f"pool.min_idle: the number {number}; expected a whole number from 0 to {key}, which is {most}"
+        )
+    problem = outbound_problem(tmp_path, f"{OUTBOUND}[pool]\nmin_idle = -1")
+    assert problem == "pool.min_idle: the number -1; expected a whole number from 0 to 1000"
+    text = f"{OUTBOUND}[pool]\nmin_idle = 2\nmax_idle = 2\nmax_tunnels = 2"
+    assert load_outbound(write(tmp_path, text)).pool.min_idle == 2
+
+
 def test_bad_tcp_and_pool(tmp_path: Path) -> None:
     found = problems(
         load_outbound, tmp_path, f"{OUTBOUND}[tcp]\nnodelay = 1\nkeepalive_s = 40000\n[pool]\nmax_idle = -1"
@@ -657,7 +689,9 @@ KNOWN_KEYS = [
     "user_key_file",
     "cipher",
     "pool",
+    "min_idle",
     "max_idle",
+    "workers",
     "tcp",
     "nodelay",
     "keepalive_s",

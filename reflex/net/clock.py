@@ -15,8 +15,7 @@ MAX_ANSWER_BYTES: Final = 8_192
 
 async def ask_date(address: Address, *, timeout_s: float) -> int | None:
     """The server's time, in seconds since 1970, by plain HTTP; None where it does not tell one in time."""
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    request = f"HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    request = f"HEAD / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode()
     loop = asyncio.get_running_loop()
     try:
         sock = await dial(address, timeout_s=timeout_s)

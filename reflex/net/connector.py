@@ -12,7 +12,7 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from reflex.errors import TunnelError
@@ -63,6 +63,7 @@ class Connector:
         self._max_streams = max_streams
         self._waiting: deque[Waiter] = deque()
         self._dials: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def request(self, waiter: Waiter) -> None:
         """Give the waiter a tunnel as soon as there is one."""
@@ -103,8 +104,18 @@ class Connector:
         self._dials.add(task)
         task.add_done_callback(self._dial_ended)
 
+    def keep_warm(self) -> None:
+        """Dial what is missing of the tunnels that are to be there before anybody asks."""
+        if not self._is_closed:
+            self._dial_as_needed()
+
+    def expire(self) -> list[tuple[Hashable, Tunnel]]:
+        """The idle tunnels that are to be closed, now."""
+        return self._pool.expire(self._loop.time(), self._servers[0])
+
     def _dial_as_needed(self) -> None:
-        needed = -(-len(self._waiting) // self._max_streams)
+        for_waiting = -(-len(self._waiting) // self._max_streams)
+        needed = max(for_waiting, 0 if self._is_closed else self._pool.missing())
         while len(self._dials) < needed:
             candidates = self._candidates()
             if not candidates:
@@ -149,7 +160,7 @@ class Connector:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("dialling failed unexpectedly", exc_info=error)
             self._fail_waiting(TunnelError(f"internal error: {error}"))
-        elif self._waiting and not task.cancelled():
+        elif not task.cancelled():
             self._dial_as_needed()
 
     def _fail_waiting(self, error: TunnelError) -> None:
@@ -159,6 +170,7 @@ class Connector:
 
     def close(self) -> None:
         """Dial nothing more; who waits gets nothing."""
+        self._is_closed = True
         for task in self._dials:
             task.cancel()
         self._fail_waiting(TunnelError("shutting down"))

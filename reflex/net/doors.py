@@ -26,6 +26,8 @@ from reflex.protocol.wire import STREAM_WINDOW, Code, Status
 log = logging.getLogger(__name__)
 
 CONVERSATION_READ_BYTES = 2_048
+# The tunnel was cut, its server ends, or it allows fewer streams than were opened before its SETTINGS came.
+RETRIED = (Code.CANCELLED, Code.SHUTTING_DOWN, Code.LIMIT)
 ATTEMPTS = 3  # tunnels that a request may try, as long as none of its bytes can have been delivered
 
 
@@ -152,7 +154,7 @@ class Visitor:
     def lost(self, code: int, *, is_untouched: bool) -> None:
         """The stream was reset before the target was connected: try another tunnel where nothing was sent."""
         self._relay = None
-        if is_untouched and self._attempts < ATTEMPTS and code in (Code.CANCELLED, Code.SHUTTING_DOWN):
+        if is_untouched and self._attempts < ATTEMPTS and code in RETRIED:
             self._request_tunnel()
         else:
             self._refuse(Status.GENERAL_FAILURE)

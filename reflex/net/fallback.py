@@ -70,7 +70,7 @@ class Fallback:
             server = begin_connect(address)
         except DialError as error:
             log.warning("fallback %s: %s", address, error)
-            self.end(reset=False)
+            self.end(reset=True)  # as the web server's machine refuses who comes to it
             return
         self._server = _Side(server, buffers)
         if first:
@@ -85,7 +85,7 @@ class Fallback:
             finish_connect(server.sock)
         except DialError as error:
             log.warning("fallback: %s", error)
-            self.end(reset=False)
+            self.end(reset=True)  # refused, or connected and reset already: either is an RST
             return
         self._write(server)
         if self._client.read_ended:

@@ -1,13 +1,24 @@
-"""Listening sockets: accepts in batches, pauses where descriptors have run out."""
+"""Listening sockets: accepts in batches, pauses where descriptors have run out, loses nobody at the end.
+
+The end of listening in order: who is connected is served, and who is not is refused. Closing a listening socket
+alone would reset those who are connected, as far as they know, but not accepted yet. So it first takes no new
+SYN (a dropped one is sent again a second later, and is then refused), lets the handshakes that are under way
+come to their end, accepts what has come, and only then closes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import errno
+import ipaddress
 import logging
 import socket
-from collections.abc import Callable
-from typing import Final
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
 
 from reflex.errors import StartError
 
@@ -16,6 +27,11 @@ log = logging.getLogger(__name__)
 BACKLOG: Final = 1_024
 ACCEPTS_PER_TURN: Final = 64
 PAUSE_S: Final = 0.25  # after accept() found no descriptor or memory left
+# How long TCP handshakes that are under way may take to come to their end, once no new ones are taken.
+HANDSHAKE_GRACE_S: Final = 0.25
+LOOPBACK_GRACE_S: Final = 0.02
+SETTLE_S: Final = 1.0  # for who is connected when listening ends: to say what it wants
+SETTLE_STEP_S: Final = 0.02
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -38,17 +54,30 @@ class Listener:
         port: int,
         on_accept: Callable[[socket.socket], None],
     ) -> None:
+        self._begin(loop, open_listening(host, port), on_accept)
+
+    @classmethod
+    def of_socket(
+        cls, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+    ) -> Listener:
+        """A listener on a socket that listens already; the socket is the listener's from now on."""
+        listener = cls.__new__(cls)
+        listener._begin(loop, sock, on_accept)
+        return listener
+
+    def _begin(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+    ) -> None:
         self._loop = loop
         self._on_accept = on_accept
         self._pause_timer: asyncio.TimerHandle | None = None
-        self._sock = _listen(host, port)
-        loop.add_reader(self._sock, self._accept)
+        self._sock = sock
+        loop.add_reader(sock, self._accept)
 
     @property
     def address(self) -> str:
         """What it listens on: ``host:port``, with brackets around IPv6."""
-        host, port = self._sock.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return listening_address(self._sock)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
@@ -70,15 +99,81 @@ class Listener:
         self._pause_timer = None
         self._loop.add_reader(self._sock, self._accept)
 
+    async def finish(self) -> None:
+        """Accept those who are connected already, then close; see the module. ``close`` may come in between."""
+        _refuse_new(self._sock)
+        await asyncio.sleep(LOOPBACK_GRACE_S if _is_loopback(self._sock) else HANDSHAKE_GRACE_S)
+        if self._sock.fileno() < 0:
+            return
+        with contextlib.suppress(BlockingIOError, OSError):  # there is nobody left, or no descriptor to take them
+            while True:
+                sock, _ = self._sock.accept()
+                sock.setblocking(False)
+                self._on_accept(sock)
+        self.close()
+
     def close(self) -> None:
-        """Accept nothing more."""
+        """Accept nothing more. Any number of times."""
         if self._pause_timer is not None:
             self._pause_timer.cancel()
-        self._loop.remove_reader(self._sock)
-        self._sock.close()
+            self._pause_timer = None
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+async def finish_listening(
+    listeners: Sequence[Listener], is_settled: Callable[[], bool], *, at_most_s: float = SETTLE_S
+) -> None:
+    """The end of listening in order, for all listeners of a daemon.
+
+    Args:
+        listeners: closed when this returns.
+        is_settled: whether everybody who was accepted has said what it wants; asked again and again.
+        at_most_s: how long that is waited for.
+    """
+    await asyncio.gather(*(listener.finish() for listener in listeners))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(at_most_s):
+            while not is_settled():  # noqa: ASYNC110 - who settles has better to do than to tell
+                await asyncio.sleep(SETTLE_STEP_S)
+
+
+def listening_address(sock: socket.socket) -> str:
+    """What a socket listens on: ``host:port``, with brackets around IPv6."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def open_shared(host: str, port: int, *, count: int) -> list[socket.socket]:
+    """``count`` listening sockets on one address, among which the kernel spreads the connections (SO_REUSEPORT).
+
+    Nobody else's sockets are among them: the first one wants the port for itself before it shares it.
+
+    Raises:
+        StartError: as for one socket; or this system cannot share a port.
+    """
+    sockets = [open_listening(host, port, share="after")]
+    try:
+        port = sockets[0].getsockname()[1]
+        sockets += [open_listening(host, port, share="before") for _ in range(count - 1)]
+    except StartError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def open_listening(host: str, port: int, *, share: Literal["never", "before", "after"] = "never") -> socket.socket:
+    """A non-blocking listening socket. ``share``: whether others may listen as well, from before or after its bind.
+
+    Raises:
+        StartError: the address cannot be listened on; the text names it and says why.
+    """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -92,10 +187,42 @@ def _listen(host: str, port: int) -> socket.socket:
         if family == socket.AF_INET6:
             # "[::]" is IPv6 alone, whatever the system's default: what is listened on is what was written.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if share == "before":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
+        if share == "after":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError as error:
         sock.close()
         raise StartError(f"cannot listen on {where}: {error.strerror or error}") from error
     return sock
+
+
+# A packet filter for TCP headers (classic BPF, socket(7)): drop what has SYN set, take all else.
+# Each instruction: code, jump if true, jump if false, operand.
+_DROP_SYN: Final = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte at 13, the flags
+        (0x45, 0, 1, 0x02),  # is SYN set? then on, else over one
+        (0x06, 0, 0, 0),  # take 0 bytes of it
+        (0x06, 0, 0, 0xFFFF_FFFF),  # take all of it
+    )
+)
+_INSTRUCTION_SIZE: Final = 2 + 1 + 1 + 4
+_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no name for it
+
+
+def _refuse_new(sock: socket.socket) -> None:
+    """Take no new TCP handshakes, but finish those under way. Where the system cannot, nothing."""
+    if not sys.platform.startswith("linux"):
+        return
+    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+    with contextlib.suppress(OSError):
+        sock.setsockopt(
+            socket.SOL_SOCKET,
+            _SO_ATTACH_FILTER,
+            struct.pack("@HP", len(_DROP_SYN) // _INSTRUCTION_SIZE, ctypes.addressof(program)),
+        )

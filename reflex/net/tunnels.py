@@ -30,12 +30,14 @@ class TunnelPool(Generic[T]):
     """The tunnels of one client, by server.
 
     Args:
-        max_idle: idle tunnels kept per server.
+        min_idle: tunnels that are to be there before anybody asks, and to stay, used or not.
+        max_idle: idle tunnels kept per server; not fewer than ``min_idle``.
         idle_timeout_s: how long an idle tunnel is kept.
         max_streams: streams on one tunnel before it counts as full.
     """
 
-    def __init__(self, *, max_idle: int, idle_timeout_s: float, max_streams: int) -> None:
+    def __init__(self, *, max_idle: int, idle_timeout_s: float, max_streams: int, min_idle: int = 0) -> None:
+        self._min_idle = min_idle
         self._max_idle = max_idle
         self._idle_timeout_s = idle_timeout_s
         self._max_streams = max_streams
@@ -74,22 +76,35 @@ class TunnelPool(Generic[T]):
         if tunnel.stream_count == 0:
             tunnel.idle_since_s = now_s
 
-    def expire(self, now_s: float) -> list[tuple[Hashable, T]]:
+    def missing(self) -> int:
+        """How many tunnels more must be dialled for ``min_idle`` of them to be there, to whatever server."""
+        return max(0, self._min_idle - sum(tunnel.has_room for tunnel in self))
+
+    def expire(self, now_s: float, favourite: Hashable = None) -> list[tuple[Hashable, T]]:
         """The idle tunnels that are to be closed: idle too long, too many (oldest idle first), or
-        of no use any more, since they take no new streams. They stay in the pool until removed."""
+        of no use any more, since they take no new streams. They stay in the pool until removed.
+
+        ``min_idle`` tunnels to the ``favourite`` server stay, however long they are idle. Those to
+        another do not: what is dialled in their place may go to the favourite again.
+        """
         expired: list[tuple[Hashable, T]] = []
         for key, tunnels in self._tunnels.items():
             idle = sorted((each for each in tunnels if not each.stream_count), key=lambda each: each.idle_since_s)
             surplus = len(idle) - self._max_idle
+            stay = self._min_idle if key == favourite else 0
+            spare = sum(tunnel.has_room for tunnel in tunnels) - stay
             for position, tunnel in enumerate(idle):
                 is_stale = now_s - tunnel.idle_since_s >= self._idle_timeout_s
-                if is_stale or position < surplus or not tunnel.has_room:
+                if not tunnel.has_room:
                     expired.append((key, tunnel))
+                elif (is_stale or position < surplus) and spare > 0:
+                    expired.append((key, tunnel))
+                    spare -= 1
         return expired
 
     def count(self, key: Hashable) -> int:
-        """How many tunnels there are to this server."""
-        return len(self._tunnels.get(key, ()))
+        """How many tunnels to this server are of use; one that is idle and takes no streams is on its way out."""
+        return sum(1 for tunnel in self._tunnels.get(key, ()) if tunnel.stream_count or tunnel.has_room)
 
     def idle_count(self, key: Hashable | None = None) -> int:
         """How many tunnels, of this server or of all, have no stream."""

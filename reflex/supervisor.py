@@ -1,0 +1,434 @@
+"""Several processes as one daemon: ``workers = N``.
+
+The parent serves no connection. Its story:
+
+1. It opens, for each address, one listening socket for each worker (SO_REUSEPORT: the kernel spreads the
+   connections among them), and keeps them open. So nobody is refused from then on, and who waits in the queue
+   of a worker that dies is served by the next one on the same socket.
+2. It forks the workers off. There is no thread and no event loop yet that a fork could break. Each runs the
+   daemon as if it were alone, with a :class:`reflex.worker.WorkerContext`.
+3. When all are ready, it says so, once.
+4. It owns the one replay set and answers the workers' questions. It hands on orders: the first SIGINT or SIGTERM
+   drains, the second ends all at once, SIGUSR1 asks each for its statistics.
+5. A worker that dies is replaced, with a growing delay if it does so again and again. One that cannot start in
+   the first place ends the daemon.
+
+The parent never waits for one worker: all its sockets are non-blocking, and what a worker does not take is
+dropped. A worker whose question is not answered refuses the hello.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Final, NoReturn
+
+from reflex.daemon import (
+    EXIT_NOT_STARTED,
+    EXIT_SIGNAL_BASE,
+    EXIT_STOPPED,
+    Control,
+    Daemon,
+    log_ready,
+    one_line,
+    prepare_process,
+    run_daemon,
+)
+from reflex.errors import Replayed, StartError
+from reflex.net.listener import listening_address, open_shared
+from reflex.protocol.replay import ReplaySet
+from reflex.worker import (
+    FAILED,
+    MESSAGE_MAX_BYTES,
+    QUERY,
+    READY,
+    REPORT,
+    SEQUENCE,
+    SIGNALS,
+    STOP,
+    ParentControl,
+    RemoteReplaySet,
+    SharedCount,
+    SharedCounts,
+    WorkerContext,
+)
+
+EXIT_WORKER_LOST: Final = 1  # a worker did not drain, but died
+STEADY_S: Final = 10.0  # a worker that lived so long did not die because it started
+FIRST_DELAY_S: Final = 0.2  # before the second replacement in a row; doubles
+MAX_DELAY_S: Final = 10.0
+KILL_AFTER_S: Final = 1.0  # after the second signal, for a worker that does not heed it
+
+END: Final = b""
+ORDERS_TO_END: Final = 2  # the first one drains
+
+RunWorker = Callable[[WorkerContext, Control], int]
+
+
+def run_workers(
+    make: Callable[[WorkerContext], Daemon],
+    *,
+    listen: Sequence[tuple[str, int]],
+    workers: int,
+    name: str,
+    log_level: str,
+) -> int:
+    """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
+
+    Args:
+        make: called once in each worker, inside the running event loop; may raise StartError or OSError.
+        listen: the addresses, host and port (0: any free one), in the order in which a worker gets its sockets.
+        workers: how many.
+        name: the name of the daemon's logger, such as ``reflex.inbound``.
+        log_level: debug, info, warning or error.
+
+    Returns:
+        0 after a drain that SIGINT or SIGTERM asked for, 1 if a worker died meanwhile, 2 if the daemon could not
+        start, 128 + its number after a second signal.
+    """
+    log = prepare_process(name, log_level=log_level)
+
+    def run_worker(context: WorkerContext, control: Control) -> int:
+        label = f"worker {context.number}"
+        return run_daemon(lambda: make(context), name=name, log_level=log_level, control=control, label=label)
+
+    groups: list[list[socket.socket]] = []
+    try:
+        for host, port in listen:
+            groups.append(open_shared(host, port, count=workers))
+    except StartError as error:
+        for group in groups:
+            _close_all(group)
+        log.error("cannot start: %s", error)
+        return EXIT_NOT_STARTED
+    return Supervisor(groups, run_worker, log).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """The place of one worker: its sockets stay, who serves them may change."""
+
+    number: int
+    sockets: list[socket.socket]
+    pid: int = 0  # 0: nobody
+    control: socket.socket | None = None
+    replay: socket.socket | None = None
+    is_ready: bool = False
+    failure: str = ""  # what it said before it ended
+    started_s: float = 0.0
+    early_deaths: int = 0  # in a row
+    not_before_s: float = 0.0  # of the next start
+
+
+class Supervisor:
+    """The parent. ``run`` once.
+
+    Args:
+        groups: for each address its listening sockets, as many as there are to be workers; closed in the end.
+        run_worker: what a worker does, in its own process; returns its exit code.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[socket.socket]], run_worker: RunWorker, log: logging.Logger) -> None:
+        self._slots = [
+            _Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)
+        ]
+        self._addresses = [listening_address(group[0]) for group in groups]
+        self._run_worker = run_worker
+        self._log = log
+        self._replay = ReplaySet(int(time.time()))
+        self._counts = SharedCounts(len(self._slots))
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._was_ready = False
+        self._stop_orders = 0
+        self._kill_at_s: float | None = None
+        self._exit_code = EXIT_STOPPED
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_orders > 0
+
+    def run(self) -> int:
+        """Until it is told to stop; returns the process's exit code."""
+        old = self._take_signals()
+        try:
+            try:
+                for slot in self._slots:
+                    self._start(slot)
+            except OSError as error:
+                self._cannot_start(one_line(error))
+            while not self._is_stopping or any(slot.pid for slot in self._slots):
+                for key, _ in self._selector.select(self._wait_s()):
+                    handle: Callable[[], object] = key.data
+                    handle()
+                self._replace_dead()
+            if self._exit_code == EXIT_STOPPED:
+                self._log.info("stopped")
+            return self._exit_code
+        finally:
+            self._kill_all()
+            self._close(old)
+
+    def _take_signals(self) -> dict[signal.Signals, object]:
+        """Every signal becomes a byte on the wake-up socket. Returns what was there before."""
+        for sock in (self._wakeup, self._wakeup_writer):
+            sock.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_signals)
+        old: dict[signal.Signals, object] = {signum: signal.signal(signum, _noted) for signum in SIGNALS}
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        return old
+
+    def _close(self, old: dict[signal.Signals, object]) -> None:
+        signal.set_wakeup_fd(-1)
+        for signum, handler in old.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]  # it came from there
+        self._selector.close()
+        self._wakeup.close()
+        self._wakeup_writer.close()
+        self._close_listening()
+
+    def _close_listening(self) -> None:
+        for slot in self._slots:
+            _close_all(slot.sockets)
+
+    # Workers start.
+
+    def _start(self, slot: _Slot) -> None:
+        control, workers_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        replay, workers_replay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        slot.control, slot.replay = control, replay
+        slot.started_s = time.monotonic()
+        slot.is_ready = False
+        slot.failure = ""
+        # A signal that comes before the worker can handle it waits until it can.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            slot.pid = os.fork()
+            if not slot.pid:
+                self._be_worker(slot, workers_control, workers_replay)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        workers_control.close()
+        workers_replay.close()
+        for sock, handle in ((control, self._on_control), (replay, self._on_question)):
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ, partial(handle, slot))
+
+    def _be_worker(self, slot: _Slot, control: socket.socket, replay: socket.socket) -> NoReturn:
+        """What the new process does. It has the parent's everything, and gives back what is not its own."""
+        code = EXIT_WORKER_LOST
+        try:
+            signal.set_wakeup_fd(-1)
+            for signum in SIGNALS:
+                signal.signal(signum, signal.SIG_DFL)
+            self._selector.close()
+            self._wakeup.close()
+            self._wakeup_writer.close()
+            for each in self._slots:
+                # The others' ends above all: a worker knows by them that its parent has ended.
+                _close_all([sock for sock in (each.control, each.replay) if sock is not None])
+                if each is not slot:
+                    _close_all(each.sockets)
+            context = WorkerContext(
+                slot.number,
+                slot.sockets,
+                RemoteReplaySet(replay, self._counts),
+                SharedCount(self._counts, slot.number),
+            )
+            code = self._run_worker(context, ParentControl(control))
+        except BaseException:
+            self._log.exception("ended unexpectedly")
+        finally:
+            logging.shutdown()
+            os._exit(code)  # the frames below are the parent's
+
+    # Workers speak.
+
+    def _on_control(self, slot: _Slot) -> bool:
+        """One message, of which there may be none; returns whether there was one."""
+        message = _receive(slot.control)
+        if message == READY:
+            slot.is_ready = True
+            if self._was_ready:
+                self._log.info("worker %d is ready again, as process %d", slot.number, slot.pid)
+            elif all(each.is_ready for each in self._slots) and not self._is_stopping:
+                self._was_ready = True
+                log_ready(self._log, self._addresses)
+        elif message is not None and message.startswith(FAILED):
+            slot.failure = message[len(FAILED) :].decode(errors="replace")
+        elif message == END:
+            self._drop_channels(slot)  # the worker has ended, or is about to: SIGCHLD tells
+        return bool(message)
+
+    def _on_question(self, slot: _Slot) -> bool:
+        """One question about the replay set, of which there may be none; returns whether there was one."""
+        question = _receive(slot.replay)
+        if question is not None and len(question) == QUERY.size:
+            sequence, ephemeral, time_s, now_s = QUERY.unpack(question)
+            reason = ""
+            try:
+                self._replay.check_and_insert(ephemeral, time_s, now_s)
+            except Replayed as error:
+                reason = str(error)
+            self._counts[0] = len(self._replay)
+            _send(slot.replay, SEQUENCE.pack(sequence) + reason.encode())
+        elif question == END:
+            self._drop_channels(slot)
+        return bool(question)
+
+    def _drop_channels(self, slot: _Slot) -> None:
+        for sock in (slot.control, slot.replay):
+            if sock is not None:
+                self._selector.unregister(sock)
+                sock.close()
+        slot.control = slot.replay = None
+
+    # Workers end.
+
+    def _reap(self) -> None:
+        for slot in self._slots:
+            if slot.pid:
+                pid, status = os.waitpid(slot.pid, os.WNOHANG)
+                if pid:
+                    self._on_end(slot, os.waitstatus_to_exitcode(status))
+
+    def _on_end(self, slot: _Slot, code: int) -> None:
+        pid, slot.pid = slot.pid, 0
+        while self._on_control(slot):
+            pass  # what it said last
+        self._drop_channels(slot)
+        self._counts[slot.number] = 0
+        how = _how_it_ended(code)
+        if self._is_stopping:
+            if code != EXIT_STOPPED and self._stop_orders < ORDERS_TO_END:
+                self._log.warning("worker %d (process %d) %s", slot.number, pid, how)
+                self._exit_code = self._exit_code or EXIT_WORKER_LOST
+            return
+        if not self._was_ready and code >= 0:
+            self._cannot_start(slot.failure or f"worker {slot.number} {how}")
+            return
+        now_s = time.monotonic()
+        slot.early_deaths = 0 if now_s - slot.started_s >= STEADY_S else slot.early_deaths + 1
+        delay_s = replacement_delay_s(slot.early_deaths)
+        slot.not_before_s = now_s + delay_s
+        when = f"in {delay_s:g} s" if delay_s else "now"
+        why = f": {slot.failure}" if slot.failure else ""
+        self._log.warning("worker %d (process %d) %s%s; replaced %s", slot.number, pid, how, why, when)
+
+    def _cannot_start(self, text: str) -> None:
+        self._log.error("cannot start: %s", text)
+        self._exit_code = EXIT_NOT_STARTED
+        # None has been announced, so none has work. Most find out by themselves that they cannot start.
+        self._stop_orders = ORDERS_TO_END
+        self._kill_at_s = time.monotonic() + KILL_AFTER_S
+
+    def _replace_dead(self) -> None:
+        if self._is_stopping:
+            if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
+                self._kill_all()
+            return
+        for slot in self._slots:
+            if not slot.pid and slot.not_before_s <= time.monotonic():
+                self._start_again(slot)
+
+    def _start_again(self, slot: _Slot) -> None:
+        try:
+            self._start(slot)
+        except OSError as error:  # no memory, or too many processes
+            slot.not_before_s = time.monotonic() + MAX_DELAY_S
+            self._log.error("cannot start worker %d: %s", slot.number, one_line(error))
+
+    def _wait_s(self) -> float | None:
+        """How long until something is to be done although nothing happens; None for ever."""
+        due = [self._kill_at_s] if self._kill_at_s is not None else []
+        if not self._is_stopping:
+            due += [slot.not_before_s for slot in self._slots if not slot.pid]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    # Orders.
+
+    def _on_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for signum in self._wakeup.recv(MESSAGE_MAX_BYTES):
+                if signum in (signal.SIGINT, signal.SIGTERM):
+                    self._stop(signum)
+                elif signum == signal.SIGUSR1:
+                    self._tell_all(REPORT)
+        self._reap()  # whatever woke us: a signal that comes twice may be noted once
+
+    def _stop(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        if not self._is_stopping:
+            self._log.info("%s: draining %d workers; a second signal ends at once", name, len(self._slots))
+            for slot in self._slots:
+                if not slot.pid:
+                    self._start_again(slot)  # somebody must serve those who wait in its queue
+            self._close_listening()  # what is left of the sockets is the workers', to the last connection in them
+            self._stop_orders = 1
+            self._tell_all(STOP + bytes((signum,)))
+        else:
+            self._log.warning("%s: ending at once", name)
+            self._exit_code = EXIT_SIGNAL_BASE + signum
+            self._stop_orders = ORDERS_TO_END
+            self._kill_at_s = self._kill_at_s or time.monotonic() + KILL_AFTER_S
+            self._tell_all(STOP + bytes((signum,)))
+
+    def _tell_all(self, message: bytes) -> None:
+        for slot in self._slots:
+            _send(slot.control, message)
+
+    def _kill_all(self) -> None:
+        for slot in self._slots:
+            if slot.pid:
+                os.kill(slot.pid, signal.SIGKILL)
+                os.waitpid(slot.pid, 0)  # SIGKILL takes effect at once, so this is no waiting
+                slot.pid = 0
+
+
+def replacement_delay_s(early_deaths: int) -> float:
+    """How long to wait before a worker is replaced that was the ``early_deaths``-th in a row to die early."""
+    return 0.0 if early_deaths <= 1 else min(FIRST_DELAY_S * 2.0 ** min(early_deaths - 2, 16), MAX_DELAY_S)
+
+
+def _how_it_ended(code: int) -> str:
+    """For the log. ``code``: as of os.waitstatus_to_exitcode, negative for a signal."""
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"  # not all real-time signals have a name
+
+
+def _noted(signum: int, frame: FrameType | None) -> None:
+    """A handler that does nothing: the signal's number is on the wake-up socket."""
+
+
+def _receive(sock: socket.socket | None) -> bytes | None:
+    """A message; END after the last; None where there is none now, or no socket any more."""
+    try:
+        return None if sock is None else sock.recv(MESSAGE_MAX_BYTES)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return END
+
+
+def _send(sock: socket.socket | None, message: bytes) -> None:
+    if sock is not None:
+        with contextlib.suppress(OSError):  # it is full or gone; who asked does not wait for ever
+            sock.send(message)
+
+
+def _close_all(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()

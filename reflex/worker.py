@@ -1,0 +1,200 @@
+"""What a worker has of the others: one of several processes that share a daemon's ports.
+
+The parent (:mod:`reflex.supervisor`) makes a :class:`WorkerContext` for each worker before it forks it off:
+
+- its own listening sockets, one of a group for each address, among which the kernel spreads the connections;
+- the replay set, which is the parent's and is asked through a socket pair (:class:`RemoteReplaySet`);
+- the other workers' numbers of connections, in shared memory (:class:`SharedCount`).
+
+A worker takes its orders from the parent alone (:class:`ParentControl`): a terminal and a service manager send
+their signals to every process, and what is one order must not look like two. If the parent is gone, the worker
+drains, and signals count again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import signal
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from reflex.errors import Replayed
+
+log = logging.getLogger(__name__)
+
+# What the processes say to each other, one message a datagram.
+QUERY: Final = struct.Struct("!I32sqq")  # sequence, ephemeral key, hello's time, now
+SEQUENCE: Final = struct.Struct("!I")  # an answer: this, then why the hello is refused; nothing if it is taken
+READY: Final = b"ready"
+FAILED: Final = b"failed:"  # then why
+REPORT: Final = b"report"
+STOP: Final = b"stop:"  # then the signal's number, one byte
+MESSAGE_MAX_BYTES: Final = 4_096
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)  # which the parent handles
+
+ANSWER_TIMEOUT_S: Final = 1.0  # the worker stands still meanwhile; the parent needs a ten-thousandth of it
+COUNT: Final = struct.Struct("@Q")
+
+
+class SharedCounts:
+    """One number for each worker and one of the parent's (number 0), in memory that processes forked off share.
+
+    Each number has one writer, and is written as a whole.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._values = memoryview(mmap.mmap(-1, COUNT.size * (workers + 1))).cast("Q")
+
+    def __getitem__(self, number: int) -> int:
+        return self._values[number]
+
+    def __setitem__(self, number: int, value: int) -> None:
+        self._values[number] = value
+
+    def of_all_workers(self) -> int:
+        """The sum of the workers' numbers."""
+        return sum(self._values[1:])
+
+
+class SharedCount:
+    """A worker's own number, and the sum of the others'.
+
+    Who checks a limit against the sum and then raises its own number may be overtaken by the others between the
+    two: a limit may be exceeded by one for each other worker, for connections accepted at the same moment.
+    """
+
+    def __init__(self, counts: SharedCounts, number: int) -> None:
+        self._counts = counts
+        self._number = number
+
+    def publish(self, value: int) -> None:
+        """The worker's own number is this from now on."""
+        self._counts[self._number] = value
+
+    def elsewhere(self) -> int:
+        """The sum of the other workers' numbers."""
+        return self._counts.of_all_workers() - self._counts[self._number]
+
+
+class RemoteReplaySet:
+    """The replay set that all workers share, as one of them sees it: each call asks the parent and waits.
+
+    Args:
+        sock: a worker's end of a SOCK_SEQPACKET pair.
+        counts: where the parent writes the size of the set, as its own number.
+        timeout_s: how long to wait for the answer.
+    """
+
+    def __init__(self, sock: socket.socket, counts: SharedCounts, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        sock.settimeout(timeout_s)
+        self._sock = sock
+        self._counts = counts
+        self._sequence = 0
+
+    def __len__(self) -> int:
+        return self._counts[0]
+
+    def check_and_insert(self, ephemeral: bytes, time_s: int, now_s: int) -> None:
+        """As :meth:`reflex.protocol.replay.ReplaySet.check_and_insert`; refuses as well what gets no answer."""
+        self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
+        try:
+            self._sock.send(QUERY.pack(self._sequence, ephemeral, time_s, now_s))
+            while True:
+                answer = self._sock.recv(MESSAGE_MAX_BYTES)
+                if not answer:
+                    raise Replayed("the replay set cannot be asked: its process has ended")
+                if SEQUENCE.unpack_from(answer)[0] == self._sequence:
+                    break  # any other is the answer to an earlier question, which came too late
+        except OSError as error:
+            raise Replayed(f"the replay set did not answer: {error}") from None
+        if reason := answer[SEQUENCE.size :].decode():
+            raise Replayed(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What a daemon needs to be one of several workers.
+
+    ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order.
+    """
+
+    number: int
+    sockets: Sequence[socket.socket]
+    replay: RemoteReplaySet
+    connections: SharedCount
+
+
+class ParentControl:
+    """The parent, as the one who gives the orders; see :class:`reflex.daemon.Control`.
+
+    Args:
+        sock: a worker's end of a SOCK_SEQPACKET pair.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._is_orphan = False
+        self._on_stop: Callable[[int], None] = _ignore
+        self._on_report: Callable[[], None] = _nothing
+
+    def attach(self, on_stop: Callable[[int], None], on_report: Callable[[], None]) -> None:
+        """Take the parent's messages, and the signals, which the parent held back when it forked."""
+        self._on_stop = on_stop
+        self._on_report = on_report
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._sock, self._on_message)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self._on_signal, signum)
+        loop.add_signal_handler(signal.SIGUSR1, on_report)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def ready(self, addresses: Sequence[str]) -> None:
+        """The parent says where all of them listen."""
+        del addresses
+        self._say(READY)
+
+    def failed(self, text: str) -> None:
+        """The parent says it, once for all."""
+        self._say(FAILED + text.encode()[: MESSAGE_MAX_BYTES - len(FAILED)])
+
+    def _say(self, message: bytes) -> None:
+        try:
+            self._sock.send(message)
+        except OSError as error:
+            log.warning("cannot tell the parent process: %s", error)
+
+    def _on_message(self) -> None:
+        try:
+            message = self._sock.recv(MESSAGE_MAX_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            message = b""
+        if message.startswith(STOP):
+            self._on_stop(message[-1])
+        elif message == REPORT:
+            self._on_report()
+        elif not message:
+            log.warning("the parent process has ended")
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._is_orphan = True
+            self._on_stop(signal.SIGTERM)
+
+    def _on_signal(self, signum: int) -> None:
+        if self._is_orphan:
+            self._on_stop(signum)
+
+
+def _ignore(signum: int) -> None:
+    """Until somebody is attached, there is nobody to stop."""
+
+
+def _nothing() -> None:
+    """Until somebody is attached, there is nobody to report."""

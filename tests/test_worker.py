@@ -1,0 +1,166 @@
+"""reflex.worker: what a worker shares with the others, and whom it obeys."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from reflex.errors import Replayed
+from reflex.worker import (
+    FAILED,
+    MESSAGE_MAX_BYTES,
+    QUERY,
+    READY,
+    REPORT,
+    SEQUENCE,
+    STOP,
+    ParentControl,
+    RemoteReplaySet,
+    SharedCount,
+    SharedCounts,
+)
+
+
+def test_counts_of_others() -> None:
+    counts = SharedCounts(3)
+    first, second = SharedCount(counts, 1), SharedCount(counts, 2)
+    first.publish(5)
+    second.publish(7)
+    counts[0] = 100  # the parent's own is none of the workers'
+    assert (first.elsewhere(), second.elsewhere(), counts.of_all_workers()) == (7, 5, 12)
+    second.publish(0)
+    assert first.elsewhere() == 0
+
+
+def test_counts_are_shared_with_forked_processes() -> None:
+    counts = SharedCounts(2)
+    child = os.fork()
+    if not child:
+        counts[2] = 2**40
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert SharedCount(counts, 1).elsewhere() == 2**40
+
+
+class Parent:
+    """The other end of a RemoteReplaySet, in a thread: answers each question with what ``answer`` makes of it."""
+
+    def __init__(self, answer: Callable[[tuple[Any, ...]], list[bytes]]) -> None:
+        self.sock, self.workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._answer = answer
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while question := self.sock.recv(4096):
+            for message in self._answer(QUERY.unpack(question)):
+                self.sock.send(message)
+
+    def close(self) -> None:
+        self.workers.close()
+        self._thread.join()
+        self.sock.close()
+
+
+def test_remote_replay_set_asks_and_believes() -> None:
+    questions: list[tuple[Any, ...]] = []
+
+    def answer(question: tuple[Any, ...]) -> list[bytes]:
+        questions.append(question)
+        sequence = SEQUENCE.pack(question[0])
+        return [SEQUENCE.pack(0) + b"too late", sequence + (b"seen" if len(questions) == 2 else b"")]
+
+    parent = Parent(answer)
+    counts = SharedCounts(1)
+    replay = RemoteReplaySet(parent.workers, counts)
+    replay.check_and_insert(bytes(32), 10, 20)
+    with pytest.raises(Replayed, match=r"^seen$"):
+        replay.check_and_insert(bytes(range(32)), 11, 21)
+    counts[0] = 9
+    assert len(replay) == 9
+    parent.close()
+    assert [question[1:] for question in questions] == [(bytes(32), 10, 20), (bytes(range(32)), 11, 21)]
+
+
+def test_remote_replay_set_refuses_without_an_answer() -> None:
+    parents, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    replay = RemoteReplaySet(workers, SharedCounts(1), timeout_s=0.01)
+    with parents, workers:
+        with pytest.raises(Replayed, match="did not answer"):
+            replay.check_and_insert(bytes(32), 1, 1)
+        parents.close()
+        with pytest.raises(Replayed):
+            replay.check_and_insert(bytes(32), 1, 1)
+
+
+def test_remote_replay_set_refuses_when_the_parent_ends_before_it_answers() -> None:
+    parents, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    replay = RemoteReplaySet(workers, SharedCounts(1))
+
+    def end() -> None:
+        parents.recv(4096)
+        parents.close()
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with workers, pytest.raises(Replayed, match="its process has ended"):
+        replay.check_and_insert(bytes(32), 1, 1)
+    thread.join()
+
+
+@pytest.fixture
+def signals_are_put_back() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("signals_are_put_back")
+def test_a_worker_obeys_its_parent_and_signals_only_when_that_has_ended() -> None:
+    parents, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    orders: asyncio.Queue[int] = asyncio.Queue()
+
+    async def run() -> None:
+        control = ParentControl(workers)
+        control.attach(orders.put_nowait, lambda: orders.put_nowait(0))
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert await orders.get() == 0
+        parents.send(b"what an older worker does not know")
+        parents.send(REPORT)
+        assert await orders.get() == 0
+        parents.send(STOP + bytes((signal.SIGINT,)))
+        assert await orders.get() == signal.SIGINT
+        control.ready(["127.0.0.1:1"])
+        control.failed("é" * MESSAGE_MAX_BYTES)
+        assert parents.recv(MESSAGE_MAX_BYTES) == READY
+        text = parents.recv(MESSAGE_MAX_BYTES + 1)
+        assert text.startswith(FAILED)
+        assert len(text) == MESSAGE_MAX_BYTES
+        parents.close()
+        assert await orders.get() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert await orders.get() == signal.SIGINT
+        assert orders.empty()
+
+    with workers:
+        asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_news_that_no_parent_hears(caplog: pytest.LogCaptureFixture) -> None:
+    parents, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parents.close()
+    with workers:
+        ParentControl(workers).ready([])
+    assert caplog.record_tuples == [
+        ("reflex.worker", logging.WARNING, "cannot tell the parent process: [Errno 32] Broken pipe")
+    ]
