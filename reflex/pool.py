@@ -1,10 +1,12 @@
 """Pools of buffers and of objects: borrow, use, return in ``finally``.
 
 Strategy. A pool lends an object and remembers, by identity, that it did: so a double or a foreign
-return is seen at once, and what is in use is counted exactly. Taking is lock-free: ``list.pop`` and
-storing into a dict are each one atomic operation in CPython. Returning takes the pool's lock once,
-around what must agree with each other: the counters and the bound of the free list. All other
-figures are derived from those when somebody asks, which is why statistics are always on.
+return is seen at once, and what is in use is counted exactly. The common way takes no lock: each of
+``list.pop``, ``list.append``, a dict's store and pop is one atomic operation, and a counter is raised
+between two points where the interpreter may switch threads (CPython with its global lock; without it
+a counter may miss some, a buffer is never lent twice all the same). The lock is taken where several
+steps must agree: when an object is made, and when the free list comes near its bound. All other
+figures are derived when somebody asks, which is why statistics are always on.
 
 Buffers are lent as writable memoryviews over bytearrays: a slice of one copies nothing, and its size
 cannot change while it is lent. The part that was used is wiped on return, before the buffer can be
@@ -93,6 +95,7 @@ class Pool(Generic[T]):
         "_make",
         "_misses",
         "_released",
+        "_roomy_below",
         "max_free",
         "name",
     )
@@ -112,6 +115,9 @@ class Pool(Generic[T]):
         self._misses = 0
         self._released = 0
         self._high_water = 0
+        # Below half its bound the free list takes returns without the lock: as many threads as the
+        # other half would have to be between their look at its length and their append to pass it.
+        self._roomy_below = max_free // 2
         if os.environ.get("REFLEX_POOL_DEBUG", "") not in ("", "0"):
             self.record_holders()
 
@@ -208,10 +214,14 @@ class BufferPool(Pool[memoryview]):
             raise ForeignBuffer(self.name)
         if used_bytes != 0:
             buffer[:used_bytes] = self._zeros[:used_bytes]
-        with self._lock:
-            self._released += 1
-            if len(self._free) < self.max_free:
-                self._free.append(buffer)
+        self._released += 1
+        free = self._free
+        if len(free) < self._roomy_below:
+            free.append(buffer)
+        else:
+            with self._lock:
+                if len(free) < self.max_free:
+                    free.append(buffer)
 
 
 class ObjectPool(Pool[T]):
@@ -247,10 +257,14 @@ class ObjectPool(Pool[T]):
         if self._lent.pop(id(item), None) is None:
             raise ForeignBuffer(self.name)
         self._reset(item)
-        with self._lock:
-            self._released += 1
-            if len(self._free) < self.max_free:
-                self._free.append(item)
+        self._released += 1
+        free = self._free
+        if len(free) < self._roomy_below:
+            free.append(item)
+        else:
+            with self._lock:
+                if len(free) < self.max_free:
+                    free.append(item)
 
 
 class TieredPool:

@@ -32,13 +32,6 @@ def peer(pools: Pools) -> Iterator[Peer]:
         yield peer
 
 
-@pytest.fixture
-def server(pools: Pools) -> Iterator[Peer]:
-    """The peer of a client."""
-    with peer_of(pools, of_server=False) as peer:
-        yield peer
-
-
 class TestUdp:
     def test_a_udp_stream_carries_datagrams_both_ways(self, pair: Pair) -> None:
         near = pair.client.session.open(None, Network.UDP)

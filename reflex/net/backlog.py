@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 from reflex.pool import TieredPool
@@ -32,7 +31,7 @@ class Backlog:
 
     def __init__(self, buffers: TieredPool) -> None:
         self._buffers = buffers
-        self._pieces: deque[_Piece] = deque()
+        self._pieces: list[_Piece] = []
         self.size_bytes = 0
 
     def keep(self, data: memoryview) -> None:
@@ -65,7 +64,7 @@ class Backlog:
         piece = self._pieces[0]
         piece.start += size_bytes
         if piece.start == piece.end:
-            self._pieces.popleft()
+            del self._pieces[0]
             self._buffers.release(piece.buffer, piece.end)
 
     def clear(self) -> int:

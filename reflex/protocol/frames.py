@@ -13,7 +13,6 @@ place, with one read each and no byte moved.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
@@ -99,7 +98,7 @@ class FrameEncoder:
         self._body: memoryview | None = None
         self._end = 0  # of what is packed in the body
         self._room_end = 0  # of what may be packed there
-        self._records: deque[tuple[memoryview, int]] = deque()  # ciphertext buffer, record size
+        self._records: list[tuple[memoryview, int]] = []  # ciphertext buffer, record size; seldom more than one
         self._sealed_bytes = 0
         self._sent = 0  # bytes of the first record that were taken
         self.control_bytes = 0
@@ -222,7 +221,7 @@ class FrameEncoder:
         self._sent += size_bytes
         record, size = self._records[0]
         if self._sent >= size:
-            self._records.popleft()
+            del self._records[0]
             self._sealed_bytes -= size
             self._sent = 0
             self._buffers.release(record, 0)
@@ -235,9 +234,9 @@ class FrameEncoder:
             self._buffers.release(self._body, self._end)
             self._body = None
         self._end = self._room_end = 0
-        while self._records:
-            record, _ = self._records.popleft()
+        for record, _ in self._records:
             self._buffers.release(record, 0)
+        self._records.clear()
         self._sealed_bytes = self._sent = 0
 
 
@@ -253,12 +252,13 @@ class FrameDecoder:
         frames: where frame objects are borrowed.
     """
 
-    __slots__ = ("_body_size", "_buffer", "_buffers", "_cipher", "_end", "_frames", "_start")
+    __slots__ = ("_body_size", "_buffer", "_buffers", "_cipher", "_end", "_frames", "_start", "_top")
 
     def __init__(self, cipher: CipherState, buffers: TieredPool, frames: ObjectPool[Frame]) -> None:
         self._cipher = cipher
         self._buffers = buffers
         self._frames = frames
+        self._top = buffers.tier(MAX_RECORD_SIZE)  # what is received into
         self._buffer: memoryview | None = None  # ciphertext that has arrived
         self._start = 0
         self._end = 0
@@ -276,7 +276,7 @@ class FrameDecoder:
         """
         buffer = self._buffer
         if buffer is None:
-            buffer = self._buffer = self._buffers.acquire(MAX_RECORD_SIZE)
+            buffer = self._buffer = self._top.acquire()
         elif len(buffer) < MAX_RECORD_SIZE:
             buffer = self._move(MAX_RECORD_SIZE)
         end = self._end
@@ -308,6 +308,7 @@ class FrameDecoder:
         """
         cipher = self._cipher
         buffers = self._buffers
+        frame = self._frames.acquire()
         try:
             while (buffer := self._buffer) is not None:
                 if not self._body_size:
@@ -321,36 +322,29 @@ class FrameDecoder:
                 chunk_end = chunk_start + size + TAG_SIZE
                 if chunk_end > self._end:
                     return
-                body = buffers.acquire(size)
+                lent = buffers.acquire(size)
                 try:
-                    plain = body[:size]
-                    cipher.open_body(buffer[chunk_start:chunk_end], plain)
+                    body = lent[:size]
+                    cipher.open_body(buffer[chunk_start:chunk_end], body)
                     self._body_size = 0
                     self._start = chunk_end
-                    yield from self._split(plain, size)
+                    position = 0
+                    while position < size:
+                        payload_start = position + FRAME_HEADER_SIZE
+                        if payload_start > size:
+                            raise FrameError(f"{size - position} bytes at the end of a body are no frame")
+                        type_and_size, frame.stream_id = _unpack_header(body, position)
+                        position = payload_start + (type_and_size & 0xFF_FFFF)
+                        if position > size:
+                            raise FrameError(f"a frame passes the end of its body by {position - size} bytes")
+                        frame.type = type_and_size >> 24
+                        frame.payload = body[payload_start:position]
+                        yield frame
                 finally:
-                    buffers.release(body, size)
-        finally:
-            self._settle()
-
-    def _split(self, body: memoryview, size: int) -> Iterator[Frame]:
-        """The frames of one body."""
-        frame = self._frames.acquire()
-        try:
-            position = 0
-            while position < size:
-                payload_start = position + FRAME_HEADER_SIZE
-                if payload_start > size:
-                    raise FrameError(f"{size - position} bytes at the end of a body are no frame")
-                type_and_size, frame.stream_id = _unpack_header(body, position)
-                position = payload_start + (type_and_size & 0xFF_FFFF)
-                if position > size:
-                    raise FrameError(f"a frame passes the end of its body by {position - size} bytes")
-                frame.type = type_and_size >> 24
-                frame.payload = body[payload_start:position]
-                yield frame
+                    buffers.release(lent, size)
         finally:
             self._frames.release(frame)
+            self._settle()
 
     def _settle(self) -> None:
         """Hold only what has not arrived whole, in the smallest buffer that fits it."""
