@@ -30,7 +30,7 @@ from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
-from reflex.net.tunnel import Tunnel
+from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
@@ -74,6 +74,7 @@ class Inbound:
         self._listeners: list[Listener] = []
         self._greetings: set[Greeting] = set()
         self._tunnels: set[Tunnel] = set()
+        self._relays: set[Relay] = set()
         self._is_draining = False
         self._all_ended = asyncio.Event()
 
@@ -198,7 +199,7 @@ class Inbound:
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
             tunnel.stream_ended()
             return
-        TargetRelay(
+        relay = TargetRelay(
             self._loop,
             tunnel,
             stream,
@@ -206,8 +207,14 @@ class Inbound:
             self._dialling,
             buffers=self._pools.buffers,
             counters=self._counters,
-            on_end=_nothing_more,
+            on_end=self._on_relay_end,
         )
+        if not relay.ended:
+            self._relays.add(relay)
+
+    def _on_relay_end(self, relay: Relay) -> None:
+        self._relays.discard(relay)
+        self._check_all_ended()
 
     def _on_stream_end(self, tunnel: Tunnel) -> None:
         if self._is_draining and not tunnel.stream_count:
@@ -243,8 +250,18 @@ class Inbound:
                 greeting.end(reset=True)
             for tunnel in list(self._tunnels):
                 tunnel.close(Code.SHUTTING_DOWN)
-            await self._all_ended.wait()
+            await self._cut_what_lingers()
         self.report()
+
+    async def _cut_what_lingers(self) -> None:
+        """Every tunnel was closed: their peers get a moment to see it, what is left then is cut."""
+        for relay in list(self._relays):
+            relay.end(reset=True)
+        try:
+            async with asyncio.timeout(2 * CLOSE_WAIT_S):
+                await self._all_ended.wait()
+        except TimeoutError:
+            self.abort()
 
     def abort(self) -> None:
         """End everything at once."""
@@ -253,6 +270,8 @@ class Inbound:
             greeting.end(reset=True)
         for tunnel in list(self._tunnels):
             tunnel.cut("stopped")
+        for relay in list(self._relays):
+            relay.end(reset=True)
 
     def report(self) -> None:
         """Log the counters and the pools' figures, as one line of JSON."""
@@ -273,12 +292,8 @@ class Inbound:
         self._listeners.clear()
 
     def _check_all_ended(self) -> None:
-        if self._is_draining and not self._tunnels and not self._greetings:
+        if self._is_draining and not (self._tunnels or self._greetings or self._relays):
             self._all_ended.set()
-
-
-def _nothing_more(relay: Relay) -> None:
-    """A target's relay counts with its stream; nobody else waits for its end."""
 
 
 async def _fallback_address(fallback: HostPort) -> Address:

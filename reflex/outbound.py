@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -30,7 +31,7 @@ from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.server import Server
-from reflex.net.tunnel import Tunnel
+from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.net.tunnels import TunnelPool
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, SessionSecrets
@@ -74,6 +75,7 @@ class Outbound:
             self._make_tunnel,
             max_tunnels=settings.pool.max_tunnels,
             max_streams=settings.pool.max_streams,
+            wait_settled=self._wait_settled,
         )
         self._listeners: list[Listener] = []
         self._visitors: set[Visitor] = set()
@@ -189,6 +191,11 @@ class Outbound:
         log.debug("%s: tunnel opened", server.address)
         return tunnel
 
+    async def _wait_settled(self, tunnel: Tunnel) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.limits.handshake_timeout_s):
+                await tunnel.settled.wait()
+
     def _on_tunnel_end(self, server: Server, tunnel: Tunnel) -> None:
         self._tunnels.remove(server, tunnel)
         self._check_all_ended()
@@ -238,7 +245,11 @@ class Outbound:
                 visitor.end()
             for tunnel in self._tunnels:
                 tunnel.close(Code.SHUTTING_DOWN)
-            await self._all_ended.wait()
+            try:
+                async with asyncio.timeout(2 * CLOSE_WAIT_S):
+                    await self._all_ended.wait()
+            except TimeoutError:
+                self.abort()  # a peer that does not take the close
         self.report()
 
     def abort(self) -> None:

@@ -11,8 +11,9 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -48,8 +49,10 @@ __all__ = [
     "Process",
     "SocksReplyError",
     "cpu_seconds",
+    "eventually",
     "expected_sha256",
     "free_port",
+    "hello_through",
     "inbound_settings",
     "make_pair",
     "merged",
@@ -331,3 +334,21 @@ def run_curl(*arguments: str, timeout_s: float = CURL_TIMEOUT_S) -> subprocess.C
         raise FileNotFoundError("curl")
     command = [curl, "--disable", "--silent", "--show-error", "--noproxy", "", *arguments]
     return subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+
+
+def hello_through(socks_port: int, origin: Origin) -> bytes:
+    """Ask ``origin`` for ``/hello`` through SOCKS5, on a connection of its own; give the answer's body."""
+    with socks_connect(socks_port, "127.0.0.1", origin.port, timeout_s=20) as sock:
+        sock.sendall(b"GET /hello HTTP/1.1\r\nConnection: close\r\n\r\n")
+        with sock.makefile("rb") as reader:
+            return reader.read().partition(b"\r\n\r\n")[2]
+
+
+def eventually(is_true: Callable[[], bool], *, within_s: float = 10) -> bool:
+    """Wait for what the system gives no event for; tells whether it came about."""
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

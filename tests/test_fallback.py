@@ -138,6 +138,26 @@ async def test_an_rst_of_the_server_reaches_the_client() -> None:
 
 
 @in_loop
+async def test_an_rst_of_the_server_that_is_noticed_by_sending_reaches_the_client() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        await until(lambda: join.fallback._client.is_reading)
+        join.client.sock.send(b"x")
+        server.reset()  # in the same turn of the loop
+        await join.client.expect_reset()
+        await join.ended()
+
+
+@in_loop
+async def test_a_first_read_that_the_server_does_not_take_at_once_comes_before_fin() -> None:
+    first = bytes(range(256)) * 32_768
+    with Origin(receive_buffer_bytes=SMALL_BUFFERS) as web, joined(web.address, first, read_ended=True) as join:
+        server = await web.accept()
+        await until(lambda: join.fallback._server and join.fallback._server.is_writing)
+        assert await server.receive_all() == first
+
+
+@in_loop
 async def test_ending_it_with_a_reset_resets_both() -> None:
     with Origin() as web, joined(web.address) as join:
         server = await web.accept()
@@ -188,7 +208,8 @@ async def test_a_mebibyte_each_way_at_once_arrives_whole_through_small_buffers()
         results = await asyncio.gather(
             send(join.client, there), send(server, back), server.receive_all(), join.client.receive_all()
         )
-        assert results[2:] == [there, back]
+        assert results[2] == there
+        assert results[3] == back
         await join.ended()
 
 

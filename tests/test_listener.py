@@ -155,6 +155,22 @@ def test_closing_ends_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     is_closed_while_it_pauses()
 
 
+def test_who_waits_while_it_pauses_is_accepted_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "PAUSE_S", 3600)
+    failing = FailingAccept(monkeypatch, errno.EMFILE, times=1)
+
+    @in_loop
+    async def is_accepted() -> None:
+        with Guests() as guests:
+            listener = make_listener(guests)
+            with await connect(port_of(listener.address)):
+                await until(lambda: failing.calls)
+                await listener.finish()
+                assert len(guests.ends) == 1
+
+    is_accepted()
+
+
 def test_one_that_left_before_it_was_accepted_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = FailingAccept(monkeypatch, errno.ECONNABORTED, times=1)
 

@@ -27,7 +27,7 @@ from reflex.protocol.wire import MAX_PAYLOAD_SIZE, SESSION_WINDOW, STREAM_WINDOW
 from tests.sessions import Pair, Side
 
 EXAMPLES: Final = int(os.environ.get("REFLEX_MACHINE_EXAMPLES", "0"))
-NORMAL_EXAMPLES: Final = 100
+NORMAL_EXAMPLES: Final = 120
 NORMAL_STEPS: Final = 60
 LONG_STEPS: Final = 200
 
@@ -65,9 +65,9 @@ class TwoSessions(RuleBasedStateMachine):
 
     @initialize(
         max_streams=st.integers(1, 8),
-        accepted=st.integers(0, 3),
+        accepted=st.sampled_from([2, 0, 1, 3]),
         growth_limit=st.sampled_from([0, STREAM_WINDOW, 1 << 28]),
-        buffered_limit=st.sampled_from([0, STREAM_WINDOW, 1 << 28]),
+        buffered_limit=st.sampled_from([0, 100_000, 1 << 28]),
     )
     def connect(self, max_streams: int, accepted: int, growth_limit: int, buffered_limit: int) -> None:
         self.pools = Pools()
@@ -86,7 +86,7 @@ class TwoSessions(RuleBasedStateMachine):
         self.blocked: dict[tuple[str, int], int] = {}  # how many events were seen when a window was used up
         self.cut_off: set[int] = set()  # streams that were reset or refused: their bytes may be lost
         for _ in range(accepted):
-            self.open_and_accept()
+            self.open_and_answer()
 
     def pick(self, side: str, which: int, *, sending: bool = False) -> Stream | None:
         """One of the live streams; with ``sending``, of those that may send."""
@@ -104,8 +104,8 @@ class TwoSessions(RuleBasedStateMachine):
     def open(self) -> None:
         self.pair.client.open()
 
-    @rule()
-    def open_and_accept(self) -> None:
+    @rule(refused=seldom)
+    def open_and_answer(self, *, refused: bool = False) -> None:
         """What happens most often, in one step: else few streams would ever be open."""
         self.deliver_all()
         if not self.pair.client.session.has_room:
@@ -113,9 +113,14 @@ class TwoSessions(RuleBasedStateMachine):
         stream = self.pair.client.open()
         self.deliver_all()
         far = self.pair.server.session.streams.get(stream.id)
-        if far is not None:
+        if far is None:
+            return
+        if refused:
+            self.cut_off.add(far.id)
+            self.pair.server.session.refuse(far, Status.REFUSED)
+        else:
             self.pair.server.session.accept(far)
-            self.deliver_all()
+        self.deliver_all()
 
     @rule(which=which, status=st.sampled_from([Status.SUCCEEDED] * 3 + [Status.REFUSED]))
     def answer(self, which: int, status: Status) -> None:

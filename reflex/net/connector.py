@@ -12,7 +12,7 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Protocol
 
 from reflex.errors import TunnelError
@@ -43,6 +43,8 @@ class Connector:
         make_tunnel: from a connected socket and its secrets; adds it to the pool.
         max_tunnels: per server.
         max_streams: per tunnel.
+        wait_settled: returns, in bounded time, when it is known how many streams the new tunnel's server
+            allows; until then nobody dials another because this one seems full.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Connector:
         *,
         max_tunnels: int,
         max_streams: int,
+        wait_settled: Callable[[Tunnel], Awaitable[None]] | None = None,
     ) -> None:
         self._loop = loop
         self._servers = servers
         self._pool = pool
         self._make_tunnel = make_tunnel
+        self._wait_settled = wait_settled
         self._max_tunnels = max_tunnels
         self._max_streams = max_streams
         self._waiting: deque[Waiter] = deque()
@@ -149,7 +153,9 @@ class Connector:
                 reasons.append(f"{server.address}: {error}")
                 continue
             server.succeeded()
-            self._make_tunnel(server, sock, secrets)
+            tunnel = self._make_tunnel(server, sock, secrets)
+            if self._wait_settled is not None:
+                await self._wait_settled(tunnel)
             self.room_was_made()
             return
         if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own

@@ -140,7 +140,9 @@ class Visitor:
         parser, relay = self._parser, self._relay
         if parser is not None and relay is not None:
             self._parser = None
-            self._say(reply(Status.SUCCEEDED))
+            if not self._say(reply(Status.SUCCEEDED)):
+                relay.on_local_error()
+                return
             if parser.rest:
                 relay.send_ahead(parser.rest)
             relay.start_reading()
@@ -170,12 +172,15 @@ class Visitor:
             set_reset_on_close(self._sock)
         self.end()
 
-    def _say(self, answer: bytes) -> None:
+    def _say(self, answer: bytes) -> bool:
+        """Send an answer; False where nobody is there any more to take it, which is told only once."""
         if answer:
             try:
                 self._sock.send(answer)
             except OSError:
                 log.debug("a local connection was gone before it was answered")
+                return False
+        return True
 
     def end(self) -> None:
         """Close the connection. Once; then nothing."""

@@ -155,7 +155,7 @@ class Relay:
             return
         except OSError:
             tunnel.flush_soon()
-            self._reset_by_local()
+            self.on_local_error()
             return
         self.last_tick = tunnel.tick
         if not size:
@@ -199,7 +199,7 @@ class Relay:
                 sent = 0
             except OSError:
                 tunnel.session.consumed(self.stream, size)
-                self._reset_by_local()
+                self.on_local_error()
                 return
             if sent:
                 tunnel.session.consumed(self.stream, sent)
@@ -231,7 +231,7 @@ class Relay:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
-                self._reset_by_local()
+                self.on_local_error()
                 return
             backlog.taken(size)
             session.consumed(self.stream, size)
@@ -265,7 +265,7 @@ class Relay:
         try:
             self._sock.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
         except OSError:
-            self._reset_by_local()
+            self.on_local_error()
             return
         self._end_if_done()
 
@@ -281,6 +281,11 @@ class Relay:
 
     # The end.
 
+    @property
+    def waiting_bytes(self) -> int:
+        """How much has arrived that the socket has not taken."""
+        return 0 if self._backlog is None else self._backlog.size_bytes
+
     def on_reset(self, code: int) -> None:
         """The stream is gone in both directions, or its tunnel is."""
         del code
@@ -290,8 +295,8 @@ class Relay:
         """No byte has moved for the idle time-out."""
         self._reset_stream(Code.IDLE)
 
-    def _reset_by_local(self) -> None:
-        """The local socket failed or was reset."""
+    def on_local_error(self) -> None:
+        """The local socket failed or was reset: so is the stream."""
         self._reset_stream(Code.TARGET_RESET)
 
     def _reset_stream(self, code: Code) -> None:

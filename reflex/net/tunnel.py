@@ -52,6 +52,10 @@ class StreamOwner(Protocol):
 
     last_tick: int
 
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def waiting_bytes(self) -> int: ...
     def on_opened(self) -> None: ...
     def on_refused(self, status: int) -> None: ...
     def on_data(self, data: memoryview) -> None: ...
@@ -106,6 +110,7 @@ class Tunnel:
         "is_blocked",
         "last_talker",
         "session",
+        "settled",
         "tick",
     )
 
@@ -140,6 +145,7 @@ class Tunnel:
         self.last_talker: object = None
         self._shared_turns = 0
         self.ended = False
+        self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
         self.idle_since_s = loop.time()
         self._discard_bytes = 0
         self._close_timer: asyncio.TimerHandle | None = None
@@ -226,6 +232,7 @@ class Tunnel:
                 log.info("%s: the peer takes no new streams (%s)", self._label, _code_name(event.number))
                 self.stream_ended()
             elif kind is EventKind.SETTINGS:
+                self.settled.set()
                 if self._on_settings is not None and self.session.peer_time_ms:
                     self._on_settings(self.session.peer_time_ms)
             elif kind is EventKind.CLOSED:
@@ -369,10 +376,14 @@ class Tunnel:
                 stream.owner.on_reset(code)
             self.session.reset(stream, code)
         self.session.close(code)
-        self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self._finish_end)
+        # What was sent before gets the time that an idle stream gets; the peer's FIN after it, little.
+        self._close_timer = self._loop.call_later(self._tick_s * self._idle_ticks, self._finish_end)
         self.flush_soon()
 
     def _shut_down(self) -> None:
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self._finish_end)
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -396,6 +407,7 @@ class Tunnel:
         if self.ended:
             return False
         self.ended = True
+        self.settled.set()
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._tick_timer.cancel()
@@ -408,11 +420,20 @@ class Tunnel:
         self._waiting.clear()
         # Relays that only deliver what had arrived go on, but not for longer than an idle stream may.
         for relay in self.draining:
-            self._loop.call_later(self._tick_s * self._idle_ticks, relay.on_idle)
+            self._watch(relay)
         self.draining.clear()
         self.last_talker = None
         self._on_end(self)
         return True
+
+    def _watch(self, relay: StreamOwner, waiting_bytes: int = -1) -> None:
+        """A relay goes on without its tunnel, as long as its socket takes something in every idle time-out."""
+        if relay.ended:
+            return
+        if relay.waiting_bytes == waiting_bytes:
+            relay.on_idle()
+            return
+        self._loop.call_later(self._tick_s * self._idle_ticks, self._watch, relay, relay.waiting_bytes)
 
     def _fail(self, error: ProtocolError) -> None:
         """Fatal error: send nothing, swallow what comes for a random time or length, close."""

@@ -1,0 +1,294 @@
+"""reflex.net.connector: who wants a tunnel gets one, and no more are dialled than are needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from reflex.errors import TunnelError
+from reflex.net.connector import Connector
+from reflex.net.tunnels import TunnelPool
+from tests.pair import in_loop, turns, until
+
+
+@dataclass(eq=False)
+class FakeTunnel:
+    server: FakeServer
+    stream_count: int = 0
+    has_room: bool = True
+    is_blocked: bool = False
+    idle_since_s: float = 0.0
+
+
+class FakeServer:
+    """A server whose next attempts are answered by the test.
+
+    Attributes:
+        attempts: those that are under way, oldest first.
+        count: how many there were.
+    """
+
+    def __init__(self, address: str = "a server") -> None:
+        self.address = address
+        self.not_before_s = 0.0
+        self.retry_after_s = 0.0
+        self.attempts: list[asyncio.Future[tuple[Any, Any]]] = []
+        self.count = 0
+
+    async def connect(self) -> tuple[Any, Any]:
+        self.count += 1
+        attempt: asyncio.Future[tuple[Any, Any]] = asyncio.get_running_loop().create_future()
+        self.attempts.append(attempt)
+        return await attempt
+
+    def succeeded(self) -> None:
+        self.not_before_s = 0.0
+
+    def failed(self, now_s: float) -> None:
+        self.not_before_s = now_s + self.retry_after_s
+
+    async def answer(self) -> None:
+        await until(lambda: self.attempts)
+        self.attempts.pop(0).set_result((None, None))
+        await turns()
+
+    async def fail(self, error: BaseException | None = None) -> None:
+        await until(lambda: self.attempts)
+        self.attempts.pop(0).set_exception(error or TunnelError("it is down"))
+        await turns()
+
+
+@dataclass(eq=False)
+class FakeWaiter:
+    tunnels: list[FakeTunnel] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def on_tunnel(self, tunnel: Any) -> None:
+        tunnel.stream_count += 1
+        self.tunnels.append(tunnel)
+
+    def on_no_tunnel(self, error: TunnelError) -> None:
+        self.errors.append(str(error))
+
+
+class Office:
+    """A connector of fakes."""
+
+    def __init__(self, *servers: FakeServer, max_tunnels: int = 8, max_streams: int = 2, min_idle: int = 0) -> None:
+        self.pool: TunnelPool[Any] = TunnelPool(
+            min_idle=min_idle, max_idle=8, idle_timeout_s=60, max_streams=max_streams
+        )
+        self.made: list[FakeTunnel] = []
+        real_servers: Any = servers
+        self.connector = Connector(
+            asyncio.get_running_loop(),
+            real_servers,
+            self.pool,
+            self._make_tunnel,
+            max_tunnels=max_tunnels,
+            max_streams=max_streams,
+        )
+
+    def _make_tunnel(self, server: Any, sock: Any, secrets: Any) -> Any:
+        assert sock is secrets is None
+        tunnel = FakeTunnel(server)
+        self.pool.add(server, tunnel)
+        self.made.append(tunnel)
+        return tunnel
+
+    def ask(self, count: int) -> list[FakeWaiter]:
+        waiters = [FakeWaiter() for _ in range(count)]
+        for waiter in waiters:
+            self.connector.request(waiter)
+        return waiters
+
+
+@in_loop
+async def test_requests_at_once_dial_as_few_tunnels_as_hold_them() -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=3)
+    waiters = office.ask(7)
+    await turns()
+    assert server.count == 3
+    for _ in range(3):
+        await server.answer()
+    assert [len(waiter.tunnels) for waiter in waiters] == [1] * 7
+    assert [tunnel.stream_count for tunnel in office.made] == [3, 3, 1]
+    assert office.ask(1)[0].tunnels == [office.made[2]]
+    assert server.count == 3
+
+
+@in_loop
+async def test_who_waits_is_served_in_order_also_by_room_that_was_made_elsewhere() -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=1)
+    first, second = office.ask(2)
+    await server.answer()
+    assert first.tunnels == office.made
+    assert second.tunnels == []
+    office.made[0].stream_count = 0
+    office.connector.room_was_made()
+    assert second.tunnels == office.made
+    office.connector.room_was_made()
+    await server.answer()  # the second dial was under way: a tunnel in hand
+    assert len(office.made) == 2
+
+
+@in_loop
+async def test_never_more_than_max_tunnels_and_who_finds_all_full_is_told() -> None:
+    server = FakeServer()
+    office = Office(server, max_tunnels=2, max_streams=1)
+    waiters = office.ask(4)
+    await turns()
+    assert server.count == 2
+    await server.answer()
+    await server.answer()
+    assert [len(waiter.tunnels) for waiter in waiters] == [1, 1, 0, 0]
+    assert waiters[3].errors == ["every tunnel is full: 2 of 1 streams each per server"]
+    assert office.ask(1)[0].errors == waiters[3].errors
+    assert server.count == 2
+
+
+@in_loop
+async def test_who_does_not_want_one_any_more_gets_none() -> None:
+    server = FakeServer()
+    office = Office(server)
+    gone, there = office.ask(2)
+    office.connector.cancel(gone)
+    office.connector.cancel(gone)
+    await server.answer()
+    assert not gone.tunnels
+    assert not gone.errors
+    assert len(there.tunnels) == 1
+
+
+@in_loop
+async def test_where_the_first_server_fails_the_second_is_tried_and_all_reasons_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    office = Office(first, second)
+    (waiter,) = office.ask(1)
+    await first.fail()
+    await second.answer()
+    assert waiter.tunnels[0].server is second
+    for tunnel in office.made:
+        tunnel.stream_count = 2  # full
+    (waiter,) = office.ask(1)
+    await first.fail()
+    await second.fail()
+    assert waiter.errors == ["first: it is down; second: it is down"]
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "first: it is down",
+        "first: it is down",
+        "second: it is down",
+    ]
+
+
+@in_loop
+async def test_a_server_that_failed_shortly_before_is_tried_last_and_then_not_at_all() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    first.retry_after_s = 3600
+    office = Office(first, second)
+    (waiter,) = office.ask(1)
+    await first.fail()
+    await second.fail()
+    assert len(waiter.errors) == 1
+    (waiter,) = office.ask(1)
+    await second.fail()
+    assert waiter.errors == ["second: it is down; first: failed shortly before"]
+    assert first.count == 1
+
+
+@in_loop
+async def test_a_single_server_that_failed_is_tried_again_after_its_delay_and_all_wait_for_that() -> None:
+    server = FakeServer()
+    server.retry_after_s = 0.05
+    office = Office(server)
+    office.ask(1)
+    await server.fail()
+    loop = asyncio.get_running_loop()
+    not_before_s = server.not_before_s
+    waiters = office.ask(2)
+    await turns()
+    assert not server.attempts
+    await server.answer()
+    assert loop.time() >= not_before_s
+    assert [len(waiter.tunnels) for waiter in waiters] == [1, 1]
+    assert server.count == 2
+
+
+@in_loop
+async def test_while_a_later_server_serves_the_first_one_is_asked_now_and_then() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    office = Office(first, second, max_streams=100)
+    office.ask(1)
+    await first.fail()
+    await second.answer()
+    (waiter,) = office.ask(1)
+    assert waiter.tunnels[0].server is second
+    await first.fail()  # nobody waits for the probe, and nobody is told
+    assert waiter.errors == []
+    office.ask(1)
+    await first.answer()
+    (waiter,) = office.ask(1)
+    assert waiter.tunnels[0].server is first
+    assert (first.count, second.count) == (3, 1)
+
+
+@in_loop
+async def test_who_comes_while_a_probe_fails_gets_a_dial_of_its_own() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    office = Office(first, second, max_streams=1)
+    office.ask(1)
+    await first.fail()
+    await second.answer()
+    office.made[0].stream_count = 0
+    office.ask(1)  # starts the probe, and fills the tunnel
+    (waiter,) = office.ask(1)
+    first.retry_after_s = 3600
+    await first.fail()
+    await second.answer()
+    assert waiter.tunnels[0].server is second
+
+
+@in_loop
+async def test_an_error_that_nobody_expects_is_logged_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    server = FakeServer()
+    office = Office(server)
+    (waiter,) = office.ask(1)
+    await server.fail(ValueError("a bug"))
+    assert waiter.errors == ["internal error: a bug"]
+    assert "dialling failed unexpectedly" in caplog.text
+
+
+@in_loop
+async def test_after_the_end_nothing_is_dialled_and_who_waits_is_told() -> None:
+    server = FakeServer()
+    office = Office(server, min_idle=1)
+    (waiter,) = office.ask(1)
+    await until(lambda: server.attempts)
+    office.connector.close()
+    assert waiter.errors == ["shutting down"]
+    await turns()
+    assert server.attempts[0].cancelled()
+    office.connector.keep_warm()
+    await turns()
+    assert server.count == 1
+
+
+@in_loop
+async def test_tunnels_that_are_to_be_there_are_dialled_unasked() -> None:
+    server = FakeServer()
+    office = Office(server, min_idle=2)
+    office.connector.keep_warm()
+    await server.answer()
+    await server.answer()
+    office.connector.keep_warm()
+    await turns()
+    assert server.count == 2
+    assert office.connector.expire() == []

@@ -1,0 +1,299 @@
+"""reflex.net.doors: from an application's first byte to its stream, or to a truthful refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from reflex.errors import TunnelError
+from reflex.net.doors import ATTEMPTS, Door, Visitor
+from reflex.protocol.address import Address
+from reflex.protocol.events import EventKind
+from reflex.protocol.pools import Pools
+from reflex.protocol.streams import Stream
+from reflex.protocol.wire import Code, Status
+from tests.pair import (
+    LOOPS,
+    REPLY_SIZE,
+    End,
+    LoopFactory,
+    Rig,
+    in_loop,
+    loops_from,
+    socks_head,
+    tcp_pair,
+    turns,
+    until,
+)
+
+TARGET = Address.parse("example.org:443")
+
+
+@pytest.fixture(autouse=True, params=LOOPS)
+def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    factory: LoopFactory = request.param
+    with loops_from(factory):
+        yield
+
+
+class FakeConnector:
+    """Gives the rig's tunnel when the test says so.
+
+    Attributes:
+        asked: how often a tunnel was asked for.
+        waiting: who waits.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.waiting: list[Visitor] = []
+        self.cancelled: list[Visitor] = []
+
+    def request(self, waiter: Visitor) -> None:
+        self.asked += 1
+        self.waiting.append(waiter)
+
+    def cancel(self, waiter: Visitor) -> None:
+        self.cancelled.append(waiter)
+        if waiter in self.waiting:
+            self.waiting.remove(waiter)
+
+
+class Entrance:
+    """A door whose tunnels are all the rig's one, and a visitor."""
+
+    def __init__(self, rig: Rig, *, target: Address | None = None, greeting_timeout_s: float = 3600.0) -> None:
+        self.rig = rig
+        self.connector = FakeConnector()
+        self.ends: list[Visitor] = []
+        connector: Any = self.connector
+        near, far = tcp_pair()
+        self.end = End(near)
+        self.visitor = Visitor(
+            Door(
+                loop=rig.loop,
+                connector=connector,
+                buffers=rig.pools.buffers,
+                counters=rig.counters,
+                greeting_timeout_s=greeting_timeout_s,
+                target=target,
+                credentials=None,
+                on_end=self.ends.append,
+            ),
+            far,
+        )
+
+    async def ask(self) -> None:
+        """Say to SOCKS5 where to go, up to the wait for a tunnel."""
+        await self.end.send(socks_head(80))
+        assert await self.end.receive(2) == b"\x05\x00"
+        await until(lambda: self.connector.waiting)
+
+    async def give(self) -> Stream:
+        """Give it a tunnel; the remote's view of the stream that it opens."""
+        known = set(self.rig.remote.side.streams)
+        visitor = self.connector.waiting.pop()
+        visitor.on_tunnel(self.rig.tunnel)
+        streams = self.rig.remote.side.streams
+        await self.rig.remote.read_until(lambda: set(streams) - known)
+        return streams[max(streams)]
+
+    async def reply(self) -> int:
+        return (await self.end.receive(REPLY_SIZE))[1]
+
+
+@in_loop
+async def test_an_application_is_told_of_success_then_relayed(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        assert not door.visitor.has_stream
+        theirs = await door.give()
+        assert door.visitor.has_stream
+        await door.end.send(b"too early, but not lost")
+        await turns()
+        assert door.end.is_silent
+        rig.remote.session.accept(theirs)
+        await rig.remote.flush()
+        assert await door.reply() == Status.SUCCEEDED
+        assert await rig.remote.receive(theirs, 23) == b"too early, but not lost"
+        rig.remote.session.reset(theirs, Code.CANCELLED)
+        await rig.remote.flush()
+        await door.end.expect_reset()
+        await until(lambda: door.ends == [door.visitor])
+        door.visitor.end()
+        assert door.ends == [door.visitor]
+
+
+@in_loop
+async def test_a_refusal_is_told_then_fin(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        rig.remote.session.refuse(await door.give(), Status.NETWORK_UNREACHABLE)
+        await rig.remote.flush()
+        assert await door.reply() == Status.NETWORK_UNREACHABLE
+        await door.end.expect_fin()
+        assert door.ends == [door.visitor]
+        assert not rig.session.streams
+
+
+@in_loop
+async def test_a_forward_is_relayed_at_once_and_reset_where_it_is_refused(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig, target=TARGET)
+        await door.end.send(b"at once")
+        theirs = await door.give()
+        assert await rig.remote.receive(theirs, 7) == b"at once"
+        rig.remote.session.accept(theirs)
+        rig.remote.session.send(theirs, b"answer")
+        await rig.remote.flush()
+        assert await door.end.receive(6) == b"answer"
+        door.end.reset()
+        assert (await rig.remote.see(EventKind.RESET, theirs.id)).number == Code.TARGET_RESET
+        refused = Entrance(rig, target=TARGET)
+        rig.remote.session.refuse(await refused.give(), Status.REFUSED)
+        await rig.remote.flush()
+        await refused.end.expect_reset()
+        assert refused.ends == [refused.visitor]
+
+
+@in_loop
+async def test_without_a_tunnel_it_is_a_general_failure_or_a_reset(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        door.connector.waiting.pop().on_no_tunnel(TunnelError("none"))
+        assert await door.reply() == Status.GENERAL_FAILURE
+        await door.end.expect_fin()
+        forward = Entrance(rig, target=TARGET)
+        forward.connector.waiting.pop().on_no_tunnel(TunnelError("none"))
+        await forward.end.expect_reset()
+        assert (len(door.ends), len(forward.ends)) == (1, 1)
+
+
+@pytest.mark.parametrize("code", [Code.CANCELLED, Code.SHUTTING_DOWN, Code.LIMIT])
+def test_an_untouched_request_is_tried_on_other_tunnels_a_few_times(pools: Pools, code: Code) -> None:
+    @in_loop
+    async def is_tried() -> None:
+        async with Rig(pools, is_client=True) as rig:
+            door = Entrance(rig)
+            await door.ask()
+            for attempt in range(1, ATTEMPTS + 1):
+                assert door.connector.asked == attempt
+                rig.remote.session.reset(await door.give(), code)
+                await rig.remote.flush()
+                if attempt < ATTEMPTS:
+                    await until(lambda: door.connector.waiting)
+            assert await door.reply() == Status.GENERAL_FAILURE
+            await door.end.expect_fin()
+            assert door.connector.asked == ATTEMPTS
+
+    is_tried()
+
+
+@in_loop
+async def test_a_reset_for_another_reason_is_final(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        rig.remote.session.reset(await door.give(), Code.INTERNAL)
+        await rig.remote.flush()
+        assert await door.reply() == Status.GENERAL_FAILURE
+        assert door.connector.asked == 1
+
+
+@pytest.mark.parametrize("sent", [b"x", b""], ids=["a byte", "fin"])
+def test_a_forward_that_has_sent_a_byte_or_fin_is_not_tried_again(pools: Pools, sent: bytes) -> None:
+    @in_loop
+    async def is_not_tried() -> None:
+        async with Rig(pools, is_client=True) as rig:
+            door = Entrance(rig, target=TARGET)
+            theirs = await door.give()
+            if sent:
+                await door.end.send(sent)
+                await rig.remote.receive(theirs, 1)
+            else:
+                door.end.finish()
+                await rig.remote.see(EventKind.FIN, theirs.id)
+            rig.remote.session.reset(theirs, Code.CANCELLED)
+            await rig.remote.flush()
+            await door.end.expect_reset()
+            assert door.connector.asked == 1
+
+    is_not_tried()
+
+
+@in_loop
+async def test_who_leaves_while_it_waits_for_a_tunnel_is_noticed_when_there_is_one(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        door.end.reset()
+        theirs = await door.give()
+        rig.remote.session.accept(theirs)
+        await rig.remote.flush()
+        assert (await rig.remote.see(EventKind.RESET, theirs.id)).number == Code.TARGET_RESET
+        await until(lambda: door.ends == [door.visitor])
+
+
+@in_loop
+async def test_who_left_before_it_could_be_refused_is_let_go(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        door.end.reset()
+        door.connector.waiting.pop().on_no_tunnel(TunnelError("none"))
+        assert door.ends == [door.visitor]
+
+
+@in_loop
+async def test_ending_a_visitor_ends_it_wherever_it_stands(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        greeted, waiting, relayed = Entrance(rig), Entrance(rig), Entrance(rig)
+        await waiting.ask()
+        await relayed.ask()
+        await relayed.give()
+        for door in (greeted, waiting, relayed):
+            door.visitor.end()
+            door.visitor.end()
+            assert door.ends == [door.visitor]
+        assert waiting.connector.waiting == []
+        await greeted.end.expect_fin()
+        await waiting.end.expect_fin()
+        await relayed.end.expect_reset()
+
+
+@in_loop
+async def test_who_says_nothing_in_time_is_closed(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig, greeting_timeout_s=0.01)
+        await door.end.expect_fin()
+        assert door.ends == [door.visitor]
+
+
+@in_loop
+async def test_a_tunnel_that_ends_before_the_answer_gives_the_request_back(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door, talker = Entrance(rig), Entrance(rig, target=TARGET)
+        await talker.give()
+        await door.ask()
+        await door.give()
+        rig.tunnel.last_talker = door.visitor._relay
+        rig.tunnel.cut("the test says so")
+        assert rig.tunnel.last_talker is None
+        assert door.connector.waiting == [door.visitor]
+        door.visitor.end()
+        talker.visitor.end()
+
+
+@in_loop
+async def test_a_readiness_that_was_none_changes_nothing(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        door.visitor._on_readable()
+        assert pools.in_use == 0
+        await door.ask()
+        door.visitor.end()

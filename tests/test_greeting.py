@@ -1,0 +1,389 @@
+"""reflex.net.greeting: Reflex or not, decided without telling anything to whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+
+from reflex.metrics import Counters
+from reflex.net import greeting as greeting_module
+from reflex.net.greeting import Door, Greeting
+from reflex.protocol.address import Address
+from reflex.protocol.handshake import AcceptedHello
+from reflex.protocol.pools import Pools
+from reflex.protocol.replay import ReplaySet
+from tests.pair import LOOPS, End, Keys, LoopFactory, Origin, in_loop, loops_from, tcp_pair, turns, until
+
+TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
+HTTP_REQUEST = b"GET / HTTP/1.1\r\nHost: example.org\r\nUser-Agent: x\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(autouse=True, params=LOOPS)
+def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    factory: LoopFactory = request.param
+    with loops_from(factory):
+        yield
+
+
+@dataclass
+class Gate:
+    """A door, and what came of those who stood before it."""
+
+    pools: Pools
+    fallback: Address | None = None
+    handshake_timeout_s: float = 3600.0
+    keys: Keys = field(default_factory=Keys.generate)
+    counters: Counters = field(default_factory=Counters)
+    accepted: list[tuple[End, AcceptedHello, bytes]] = field(default_factory=list)
+    ended: list[Greeting] = field(default_factory=list)
+    greetings: list[Greeting] = field(default_factory=list)
+    guests: list[End] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.door = Door(
+            loop=asyncio.get_running_loop(),
+            credentials=self.keys.server,
+            replay=ReplaySet(int(time.time()) - 60),
+            pools=self.pools,
+            counters=self.counters,
+            handshake_timeout_s=self.handshake_timeout_s,
+            fallback=self.fallback,
+            on_hello=self._on_hello,
+            on_end=self.ended.append,
+        )
+
+    def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
+        assert greeting.peer == "guest"
+        self.accepted.append((End(sock), hello, bytes(rest)))
+
+    def arrive(self) -> tuple[End, Greeting]:
+        """Somebody connects: their end, and what the server makes of it."""
+        near, far = tcp_pair()
+        self.guests.append(End(near))
+        self.greetings.append(Greeting(self.door, far, "guest"))
+        return self.guests[-1], self.greetings[-1]
+
+    def hello(self) -> bytes:
+        return self.keys.hello(int(time.time()))
+
+
+@contextlib.contextmanager
+def gate(pools: Pools, *, fallback: Address | None = None, handshake_timeout_s: float = 3600.0) -> Iterator[Gate]:
+    """A gate; at the end everybody is sent away, once, and nothing is left."""
+    made = Gate(pools, fallback, handshake_timeout_s)
+    try:
+        yield made
+    finally:
+        for greeting in made.greetings:
+            greeting.end(reset=True)
+            greeting.end(reset=True)
+        for end in [*made.guests, *(end for end, _, _ in made.accepted)]:
+            end.close()
+    assert pools.in_use == 0
+    assert len(made.ended) + len(made.accepted) == len(made.greetings)
+
+
+def has_received(greeting: Greeting, size: int) -> bool:
+    return greeting._received == size
+
+
+# A hello that passes
+
+
+@in_loop
+async def test_a_hello_is_handed_on_with_what_came_behind_it(pools: Pools) -> None:
+    with gate(pools) as g:
+        end, greeting = g.arrive()
+        assert greeting.is_undecided
+        await end.send(g.hello() + b"first record")
+        await until(lambda: g.accepted)
+        _, hello, rest = g.accepted[0]
+        assert hello.user_id == g.keys.user_id.bytes
+        assert rest == b"first record"
+        assert greeting.ended
+        assert not greeting.is_undecided
+        assert not greeting.is_fallback
+        assert g.counters.handshakes_failed == 0
+
+
+@in_loop
+async def test_with_a_fallback_a_hello_in_one_read_passes_as_well(pools: Pools) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        end, _ = g.arrive()
+        await end.send(g.hello())
+        await until(lambda: g.accepted)
+        assert g.accepted[0][2] == b""
+        assert web.is_unvisited
+
+
+@in_loop
+async def test_without_a_fallback_a_hello_may_come_in_pieces(pools: Pools) -> None:
+    with gate(pools) as g:
+        end, greeting = g.arrive()
+        hello = g.hello()
+        for start in range(0, 76, 19):
+            assert greeting.is_undecided
+            await end.send(hello[start : start + 19])
+            await until(partial(has_received, greeting, start + 19))
+        await until(lambda: g.accepted)
+
+
+# What is not Reflex, with a fallback: byte for byte the web server's
+
+
+def not_reflex() -> list[bytes]:
+    return [
+        secrets.token_bytes(1),
+        secrets.token_bytes(10),
+        b"\x00" + secrets.token_bytes(74),
+        b"\x00" + secrets.token_bytes(75),
+        b"\x00" + secrets.token_bytes(199),
+        b"\x00" + secrets.token_bytes(8267),
+        HTTP_REQUEST,
+        b"GET / HTTP/1.0\r\n\r\n",
+        TLS_HELLO,
+        TLS_HELLO[:30],
+    ]
+
+
+@pytest.mark.parametrize("position", range(len(not_reflex())))
+def test_what_is_not_reflex_reaches_the_web_server_whole(pools: Pools, position: int) -> None:
+    @in_loop
+    async def reaches() -> None:
+        sent = not_reflex()[position]
+        with Origin() as web, gate(pools, fallback=web.address) as g:
+            end, greeting = g.arrive()
+            await end.send(sent)
+            server = await web.accept()
+            assert await server.receive(len(sent)) == sent
+            assert greeting.is_fallback
+            assert not greeting.is_undecided
+            await end.send(b"more")
+            assert await server.receive(4) == b"more"
+            await server.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            server.finish()
+            assert await end.receive_all() == b"HTTP/1.1 400 Bad Request\r\n\r\n"
+            end.finish()
+            await server.expect_fin()
+            await until(lambda: g.ended)
+            assert g.counters.fallbacks == 1
+
+    reaches()
+
+
+@in_loop
+async def test_with_a_fallback_the_first_read_decides_so_a_split_hello_is_the_web_servers(pools: Pools) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        end, _ = g.arrive()
+        hello = g.hello()
+        await end.send(hello[:75])
+        server = await web.accept()
+        await end.send(hello[75:])
+        assert await server.receive(76) == hello
+
+
+@in_loop
+async def test_http_and_tls_are_not_even_tried_as_a_hello(pools: Pools) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        for sent in (HTTP_REQUEST, TLS_HELLO):
+            end, _ = g.arrive()
+            await end.send(sent)
+            server = await web.accept()
+            assert await server.receive(len(sent)) == sent
+        assert g.counters.handshakes_failed == 0
+        assert g.counters.fallbacks == 2
+
+
+@in_loop
+async def test_a_fin_without_a_byte_is_the_web_servers(pools: Pools) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        end, _ = g.arrive()
+        end.finish()
+        server = await web.accept()
+        await server.expect_fin()
+        server.finish()
+        await end.expect_fin()
+        await until(lambda: g.ended)
+
+
+@in_loop
+async def test_who_says_nothing_is_the_web_servers_after_the_handshake_time_out(pools: Pools) -> None:
+    with Origin() as web, gate(pools, fallback=web.address, handshake_timeout_s=0.01) as g:
+        end, _ = g.arrive()
+        server = await web.accept()
+        await end.send(HTTP_REQUEST)
+        assert await server.receive(len(HTTP_REQUEST)) == HTTP_REQUEST
+
+
+@in_loop
+async def test_a_hello_that_was_seen_before_is_the_web_servers_and_worth_a_line(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        hello = g.hello()
+        first, _ = g.arrive()
+        await first.send(hello)
+        await until(lambda: g.accepted)
+        again, _ = g.arrive()
+        await again.send(hello + b"rest")
+        server = await web.accept()
+        assert await server.receive(80) == hello + b"rest"
+        assert g.counters.handshakes_failed == 1
+    assert [record.levelno for record in caplog.records if "hello refused" in record.getMessage()] == [logging.WARNING]
+
+
+@in_loop
+async def test_a_fallback_that_is_down_resets_whoever_comes(pools: Pools) -> None:
+    with Origin() as web:
+        address = web.address
+    with gate(pools, fallback=address) as g:
+        end, greeting = g.arrive()
+        await end.send(b"x")
+        await end.expect_reset()
+        await until(lambda: g.ended)
+        assert greeting.ended
+
+
+# Without a fallback: silence
+
+
+@pytest.mark.parametrize("size", [76, 77, 200, 8268])
+def test_a_bad_hello_is_read_and_discarded_until_its_sender_leaves(pools: Pools, size: int) -> None:
+    @in_loop
+    async def is_discarded() -> None:
+        with gate(pools) as g:
+            end, greeting = g.arrive()
+            await end.send(secrets.token_bytes(size))
+            await until(lambda: greeting._discarding)
+            assert pools.in_use == 0  # it costs no buffer for as long as it stays
+            for _ in range(3):
+                await end.send(bytes(10_000))
+                await turns()
+            assert end.is_silent
+            assert not greeting.ended
+            end.finish()
+            await end.expect_fin()
+            await until(lambda: g.ended)
+            assert g.counters.handshakes_failed == 1
+
+    is_discarded()
+
+
+@pytest.mark.parametrize("sent", [HTTP_REQUEST, TLS_HELLO], ids=["http", "tls"])
+def test_http_and_tls_are_met_by_the_same_silence(pools: Pools, sent: bytes) -> None:
+    @in_loop
+    async def is_silent() -> None:
+        with gate(pools) as g:
+            end, greeting = g.arrive()
+            await end.send(sent)
+            await until(lambda: greeting._discarding)
+            assert end.is_silent
+
+    is_silent()
+
+
+@pytest.mark.parametrize("size", [0, 10, 75])
+def test_less_than_a_hello_is_awaited_until_the_time_out_then_discarded(pools: Pools, size: int) -> None:
+    @in_loop
+    async def is_discarded() -> None:
+        with gate(pools, handshake_timeout_s=0.01) as g:
+            end, greeting = g.arrive()
+            await end.send(secrets.token_bytes(size))
+            await until(lambda: greeting._discarding)
+            assert end.is_silent
+            assert pools.in_use == 0
+
+    is_discarded()
+
+
+@pytest.mark.parametrize("size", [0, 10, 75])
+def test_who_leaves_before_a_whole_hello_is_let_go(pools: Pools, size: int) -> None:
+    @in_loop
+    async def is_let_go() -> None:
+        with gate(pools) as g:
+            end, greeting = g.arrive()
+            await end.send(secrets.token_bytes(size))
+            await until(lambda: greeting._received == size)
+            end.finish()
+            await end.expect_fin()
+            await until(lambda: g.ended)
+
+    is_let_go()
+
+
+@pytest.mark.parametrize("size", [0, 10, 76])
+def test_who_resets_is_let_go(pools: Pools, size: int) -> None:
+    @in_loop
+    async def is_let_go() -> None:
+        with gate(pools) as g:
+            end, greeting = g.arrive()
+            await end.send(secrets.token_bytes(size))
+            await until(lambda: greeting._received == size)
+            end.reset()
+            await until(lambda: g.ended)
+
+    is_let_go()
+
+
+def test_the_time_of_the_close_does_not_depend_on_what_was_sent(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that failed, whenever it failed, ends at the time-out and a random time of the same range."""
+    asked: list[int] = []
+
+    def randbelow(limit: int) -> int:
+        asked.append(limit)
+        return limit - 1
+
+    monkeypatch.setattr(secrets, "randbelow", randbelow)
+
+    @in_loop
+    async def stays() -> None:
+        with gate(pools, handshake_timeout_s=0.2) as g:
+            loop = g.door.loop
+            begun_s = loop.time()
+            for size in (0, 10, 76, 200):
+                end, _ = g.arrive()
+                await end.send(secrets.token_bytes(size))
+            await until(lambda: all(greeting._discarding for greeting in g.greetings))
+            longest_s = greeting_module.SILENCE_MAX_MS / 1000
+            for greeting in g.greetings:
+                assert begun_s + 0.2 + longest_s <= greeting._timer.when() <= loop.time() + 0.2 + longest_s
+
+    stays()
+    assert asked == [greeting_module.SILENCE_MAX_MS + 1] * 4
+
+
+def test_after_the_silence_the_connection_is_closed(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting_module, "SILENCE_MAX_MS", 20)
+
+    @in_loop
+    async def is_closed() -> None:
+        with gate(pools, handshake_timeout_s=0.01) as g:
+            for size in (10, 76):
+                end, _ = g.arrive()
+                await end.send(secrets.token_bytes(size))
+                await end.expect_fin()
+            await until(lambda: len(g.ended) == 2)
+
+    is_closed()
+
+
+@in_loop
+async def test_a_readiness_that_was_none_changes_nothing(pools: Pools) -> None:
+    with gate(pools) as g:
+        end, greeting = g.arrive()
+        greeting._on_readable()
+        assert pools.in_use == 0
+        assert greeting.is_undecided
+        await end.send(bytes(76))
+        await until(lambda: greeting._discarding)
+        greeting._discard()
+        assert not greeting.ended

@@ -1,0 +1,271 @@
+"""reflex.net.server: how a client comes to a tunnel, and what it says where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from reflex.errors import TunnelError
+from reflex.net.server import FIRST_DELAY_S, MAX_CLOCK_SHIFT_S, MAX_DELAY_S, Server
+from reflex.protocol.address import Address
+from reflex.protocol.handshake import accept_hello
+from reflex.protocol.pools import Pools
+from reflex.protocol.replay import ReplaySet
+from reflex.protocol.wire import Suite
+from tests.pair import DEADLINE_S, HOST, End, Keys, Origin, answer_of, in_loop, refusing_port, silent_port
+
+KEYS = Keys.generate()
+AGREE = "the clocks agree within 120 s, so the server's public key, the user id or the user key is wrong"
+DATE_FORM = "%a, %d %b %Y %H:%M:%S GMT"
+
+
+def make_server(
+    address: Address, pools: Pools, *, connect_timeout_s: float = DEADLINE_S, handshake_timeout_s: float = DEADLINE_S
+) -> Server:
+    return Server(
+        address,
+        KEYS.client,
+        Suite.AES_256_GCM,
+        pools=pools,
+        connect_timeout_s=connect_timeout_s,
+        handshake_timeout_s=handshake_timeout_s,
+        nodelay=True,
+        keepalive_s=60,
+    )
+
+
+def answer_to(hello: bytes, *, now_s: int | None = None) -> bytes:
+    now_s = int(time.time()) if now_s is None else now_s
+    accepted = accept_hello(
+        memoryview(hello), KEYS.server, now_s=now_s, replay=ReplaySet(0), random_bytes=secrets.token_bytes
+    )
+    return answer_of(accepted)[0]
+
+
+Play = Callable[[End], Coroutine[Any, Any, None]]
+
+
+async def played(origin: Origin, *plays: Play) -> None:
+    """Answer each connection as told."""
+    for play in plays:
+        await play(await origin.accept())
+
+
+async def failure(pools: Pools, *plays: Play, handshake_timeout_s: float = DEADLINE_S) -> str:
+    """Connect to a server that behaves so; the error's text."""
+    with Origin() as origin:
+        task = asyncio.create_task(played(origin, *plays))
+        server = make_server(origin.address, pools, handshake_timeout_s=handshake_timeout_s)
+        with pytest.raises(TunnelError) as caught:
+            await server.connect()
+        await task
+    assert pools.in_use == 0
+    return str(caught.value)
+
+
+def tells_date(ahead_s: int) -> Play:
+    async def play(end: End) -> None:
+        await end.receive_some()
+        date = time.strftime(DATE_FORM, time.gmtime(time.time() + ahead_s)).encode()
+        await end.send(b"HTTP/1.1 400 Bad Request\r\nDate: " + date + b"\r\n\r\n")
+        end.finish()
+
+    return play
+
+
+async def hangs_up(end: End) -> None:
+    await end.receive(76)
+    end.finish()
+
+
+async def resets(end: End) -> None:
+    await end.receive(76)
+    end.reset()
+
+
+async def speaks_http(end: End) -> None:
+    await end.receive(76)
+    await end.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+async def says_nothing(end: End) -> None:
+    await end.receive(76)
+
+
+async def answers_in_pieces(end: End) -> None:
+    answer = answer_to(await end.receive(76))
+    for byte in answer:
+        await end.send(bytes([byte]))
+    await end.send(b"what is behind it stays unread")
+
+
+@in_loop
+async def test_a_server_that_answers_gives_a_socket_with_nothing_read_behind_the_hello(pools: Pools) -> None:
+    with Origin() as origin:
+        task = asyncio.create_task(played(origin, answers_in_pieces))
+        sock, session_secrets = await make_server(origin.address, pools).connect()
+        await task
+        assert session_secrets.suite is Suite.AES_256_GCM
+        with End(sock) as end:
+            assert await end.receive(30) == b"what is behind it stays unread"
+    assert pools.in_use == 0
+
+
+@in_loop
+async def test_each_way_not_to_answer_is_told(pools: Pools) -> None:
+    silent = tells_date(0)
+    assert await failure(pools, hangs_up, silent) == (
+        f"the server closed the connection instead of answering the hello; {AGREE}"
+    )
+    assert await failure(pools, resets, silent) == (
+        f"the connection was lost during the handshake: Connection reset by peer; {AGREE}"
+    )
+    assert await failure(pools, speaks_http, silent) == (
+        f"what answers at the server's address is not that server's Reflex; {AGREE}"
+    )
+    assert await failure(pools, says_nothing, silent, handshake_timeout_s=0.05) == (
+        f"the server did not answer the hello within 0.05 s; {AGREE}"
+    )
+
+
+@in_loop
+async def test_without_a_date_all_that_can_be_wrong_is_told(pools: Pools) -> None:
+    text = await failure(pools, hangs_up, hangs_up_at_once)
+    assert "the user key is wrong, or this machine's clock is off by more than 120 s (it says 2" in text
+
+
+async def hangs_up_at_once(end: End) -> None:
+    await end.receive_some()
+    end.finish()
+
+
+@in_loop
+async def test_a_server_that_cannot_be_reached_is_told_with_the_reason(pools: Pools) -> None:
+    with refusing_port() as port, pytest.raises(TunnelError) as refused:
+        await make_server(Address.of(HOST, port), pools).connect()
+    assert re.fullmatch("cannot connect to the server: .*Connection refused", str(refused.value))
+    with silent_port() as port, pytest.raises(TunnelError) as silent:
+        await make_server(Address.of(HOST, port), pools, connect_timeout_s=0.05).connect()
+    assert re.fullmatch(r"cannot connect to the server: .*no connection within 0\.05 s", str(silent.value))
+
+
+@in_loop
+async def test_a_client_that_gives_up_leaves_nothing_open(pools: Pools) -> None:
+    with Origin() as origin:
+        task = asyncio.create_task(make_server(origin.address, pools).connect())
+        end = await origin.accept()
+        await end.receive(76)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await end.expect_fin()
+    assert pools.in_use == 0
+
+
+# The clock
+
+
+def accepts_at(ahead_s: int) -> Play:
+    """Answers a hello whose time is that of a clock so far ahead; hangs up otherwise."""
+
+    async def play(end: End) -> None:
+        hello = await end.receive(76)
+        await end.send(answer_to(hello, now_s=int(time.time()) + ahead_s))
+
+    return play
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600, MAX_CLOCK_SHIFT_S - 10])
+def test_a_date_shifts_the_next_hello_and_those_that_follow(
+    pools: Pools, ahead_s: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    @in_loop
+    async def shifts() -> None:
+        with Origin() as origin:
+            plays = (hangs_up, tells_date(ahead_s), accepts_at(ahead_s), accepts_at(ahead_s))
+            task = asyncio.create_task(played(origin, *plays))
+            server = make_server(origin.address, pools)
+            for _ in range(2):
+                sock, _ = await server.connect()
+                sock.close()
+            await task
+
+    shifts()
+    assert f"s {'behind' if ahead_s > 0 else 'ahead of'} the server's (by its web server's Date)" in caplog.text
+
+
+@in_loop
+async def test_a_date_that_does_not_help_is_forgotten(pools: Pools) -> None:
+    with Origin() as origin:
+        task = asyncio.create_task(played(origin, hangs_up, tells_date(3600), hangs_up, accepts_at(0)))
+        server = make_server(origin.address, pools)
+        with pytest.raises(TunnelError, match="nor with the time corrected, so the server's public key"):
+            await server.connect()
+        sock, _ = await server.connect()
+        sock.close()
+        await task
+
+
+@in_loop
+async def test_a_date_that_is_off_by_more_than_a_day_is_not_followed(pools: Pools) -> None:
+    text = await failure(pools, hangs_up, tells_date(3 * MAX_CLOCK_SHIFT_S))
+    assert "this machine's clock is off by -2" in text
+    assert "too much to make up for: set it right" in text
+
+
+@in_loop
+async def test_a_clock_that_is_a_little_behind_is_made_up_for_since_the_server_may_have_just_started(
+    pools: Pools,
+) -> None:
+    with Origin() as origin:
+        task = asyncio.create_task(played(origin, hangs_up, tells_date(60), accepts_at(60)))
+        sock, _ = await make_server(origin.address, pools).connect()
+        sock.close()
+        await task
+    text = await failure(pools, hangs_up, tells_date(60), hangs_up)
+    assert text.endswith(AGREE)
+
+
+def test_the_servers_own_time_is_learnt_and_worth_a_warning_where_it_is_far(
+    pools: Pools, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server(Address.of(HOST, 1), pools)
+    now_s = 1_900_000_000
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    server.learn_time((now_s + 59) * 1000)
+    assert server._clock_shift_s == 59
+    assert not caplog.records
+    server.learn_time((now_s - 61) * 1000)
+    assert server._clock_shift_s == -61
+    assert "this machine's clock is 61 s ahead of the server's" in caplog.text
+    server.learn_time((now_s + 1000) * 1000)
+    assert "this machine's clock is 1000 s behind the server's" in caplog.text
+    server.learn_time((now_s + MAX_CLOCK_SHIFT_S + 1) * 1000)
+    assert server._clock_shift_s == 1000
+
+
+# How often
+
+
+@pytest.mark.parametrize(("random", "share"), [(0, 0.5), (500, 1.0)])
+def test_delays_double_up_to_a_bound_and_are_jittered(
+    pools: Pools, random: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda _: random)
+    server = make_server(Address.of(HOST, 1), pools)
+    delays = []
+    for _ in range(40):
+        server.failed(100.0)
+        delays.append(server.not_before_s - 100.0)
+    expected = [min(FIRST_DELAY_S * 2**n, MAX_DELAY_S) * share for n in range(40)]
+    assert delays == pytest.approx(expected)
+    server.succeeded()
+    assert server.not_before_s == 0
+    server.failed(0.0)
+    assert server.not_before_s == pytest.approx(FIRST_DELAY_S * share)
