@@ -40,10 +40,10 @@ def make_server(
     )
 
 
-def answer_to(hello: bytes, *, now_s: int | None = None) -> bytes:
+def answer_to(hello: bytes, *, now_s: int | None = None, started_s: int = 0) -> bytes:
     now_s = int(time.time()) if now_s is None else now_s
     accepted = accept_hello(
-        memoryview(hello), KEYS.server, now_s=now_s, replay=ReplaySet(0), random_bytes=secrets.token_bytes
+        memoryview(hello), KEYS.server, now_s=now_s, replay=ReplaySet(started_s), random_bytes=secrets.token_bytes
     )
     return answer_of(accepted)[0]
 
@@ -77,6 +77,11 @@ def tells_date(ahead_s: int) -> Play:
         end.finish()
 
     return play
+
+
+def tells_late_date(ahead_s: int) -> Play:
+    """As a Date that was written just before a second's end, and read behind it."""
+    return tells_date(ahead_s - 1)
 
 
 async def hangs_up(end: End) -> None:
@@ -198,6 +203,20 @@ def test_a_date_shifts_the_next_hello_and_those_that_follow(
 
     shifts()
     assert f"s {'behind' if ahead_s > 0 else 'ahead of'} the server's (by its web server's Date)" in caplog.text
+
+
+@in_loop
+async def test_a_date_that_was_cut_to_its_second_makes_no_hello_from_before_the_servers_start(pools: Pools) -> None:
+    with Origin() as origin:
+        started_s = int(time.time()) + 3600
+
+        async def has_just_started(end: End) -> None:
+            await end.send(answer_to(await end.receive(76), now_s=started_s, started_s=started_s))
+
+        task = asyncio.create_task(played(origin, hangs_up, tells_late_date(3600), has_just_started))
+        sock, _ = await make_server(origin.address, pools).connect()
+        sock.close()
+        await task
 
 
 @in_loop

@@ -109,7 +109,8 @@ class Server:
                 raise TunnelError(
                     f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
                 ) from None
-            self._clock_shift_s = shift_s
+            # A Date is cut to whole seconds: rather a second ahead than from before a server's start.
+            self._clock_shift_s = shift_s if is_near else shift_s + 1
             try:
                 return await self._attempt()
             except _NotAnswered as again:
