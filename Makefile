@@ -3,11 +3,15 @@
 #   make demo                        the pair on loopback, data moved and verified, a short table
 #   make test                        every check
 #   make test PYTEST_ARGS="-n 2"     the same, tests on two processes
+#   make bench                       beside the peers that are installed; writes docs/benchmarks.md (an hour)
+#   make bench-quick                 ours alone, under two minutes; for before and after a change:
+#   make bench-quick BENCH_ARGS="--compare OLD.json"
 #   make test PYTHON=python3.12      another interpreter (after `make clean`)
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := reflex tests bench
@@ -15,10 +19,16 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test lint cover clean help
+.PHONY: demo bench bench-quick test lint cover clean help
 
 demo: $(VENV)/.runtime-installed ## run both daemons on loopback, move and verify data, print a short table
 	@$(BIN)/python -m bench.demo
+
+bench: $(VENV)/.runtime-installed ## every figure beside the peers, docs/benchmarks.md with pictures; about an hour
+	@$(BIN)/python -m bench.run $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.runtime-installed ## ours alone, under two minutes, a table
+	@$(BIN)/python -m bench.run --quick $(BENCH_ARGS)
 
 # The coverage check stays silent when it is satisfied, so that pytest's closing line is the last one.
 test: lint ## every check: lint, layers, types, tests, coverage
@@ -42,7 +52,7 @@ clean: ## remove the virtual environment and everything that was generated
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@sed -n 's/^\([a-z][a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,0 +1,42 @@
+"""What a figure was measured on, in a few words each."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("cryptography", "uvloop")
+
+
+def describe() -> dict[str, str]:
+    """The processor, the kernel, Python and what matters of its packages, the date."""
+    return {
+        "processor": processor_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory_gib():.0f} GiB",
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        **{name: version for name in _PACKAGES if (version := _package_version(name))},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor_name() -> str:
+    """As /proc/cpuinfo has it, or the architecture."""
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
