@@ -27,7 +27,7 @@ from reflex.protocol.wire import MAX_PAYLOAD_SIZE, SESSION_WINDOW, STREAM_WINDOW
 from tests.sessions import Pair, Side
 
 EXAMPLES: Final = int(os.environ.get("REFLEX_MACHINE_EXAMPLES", "0"))
-NORMAL_EXAMPLES: Final = 120
+NORMAL_EXAMPLES: Final = 100
 NORMAL_STEPS: Final = 60
 LONG_STEPS: Final = 200
 
@@ -269,6 +269,7 @@ class TwoSessions(RuleBasedStateMachine):
             assert side.budget.buffered == sum(stream.held_bytes for stream in side.streams.values())
             assert side.budget.growth == sum(stream.grown_bytes for stream in side.session.streams.values())
             assert side.budget.growth <= side.budget.growth_limit
+            assert side.session._receive_window.size == SESSION_WINDOW + side.budget.growth
             if side.session._withheld:
                 reached.add("credit withheld")
             if side.budget.growth:

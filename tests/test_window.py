@@ -13,6 +13,7 @@ from reflex.protocol.window import (
     GROWTH_BUDGET,
     GROWTH_ROUND_TRIPS,
     MAX_STREAM_RECEIVE_WINDOW,
+    MAX_UPDATE_BYTES,
     Budget,
     ReceiveWindow,
     SendWindow,
@@ -142,9 +143,22 @@ def test_a_window_wants_growth_if_half_of_it_went_by_within_two_round_trips() ->
     window.update(now_s=10.0)
     assert window.updated_s == 10.0
     assert GROWTH_ROUND_TRIPS == 2.0
+    window.receive(50)
+    assert window.release(50)
     assert window.wants_growth(now_s=10.99, round_trip_s=0.5)
     assert not window.wants_growth(now_s=11.0, round_trip_s=0.5)
     assert not window.wants_growth(now_s=10.0, round_trip_s=0.0), "no round trip was measured yet"
+
+
+def test_of_a_large_window_the_peer_is_told_long_before_half_and_growth_is_judged_by_that_share() -> None:
+    window = ReceiveWindow(8 * MAX_UPDATE_BYTES)
+    window.update(now_s=10.0)
+    window.receive(MAX_UPDATE_BYTES)
+    assert not window.release(MAX_UPDATE_BYTES - 1)
+    assert window.release(1)
+    # A quarter of half a window in a quarter of two round trips is as fast as half a window in two.
+    assert window.wants_growth(now_s=10.24, round_trip_s=0.5)
+    assert not window.wants_growth(now_s=10.26, round_trip_s=0.5)
 
 
 def test_growth_is_credit_that_the_next_update_tells_of() -> None:

@@ -16,6 +16,9 @@ from reflex.protocol.wire import MAX_WINDOW
 MAX_STREAM_RECEIVE_WINDOW: Final = 16 * 1024 * 1024
 GROWTH_BUDGET: Final = 256 * 1024 * 1024  # what all windows of a process may have grown together
 BUFFER_BUDGET: Final = 256 * 1024 * 1024  # received bytes that wait for their reader, in a process
+# Credit is told at half a window, and no later than this: of a large window the sender would otherwise
+# use up the second half before the credit for the first has come back over a long way.
+MAX_UPDATE_BYTES: Final = 1024 * 1024
 # Half a window emptied within this many round trips: the reader waits for credit, not for the network.
 GROWTH_ROUND_TRIPS: Final = 2.0
 
@@ -105,14 +108,19 @@ class ReceiveWindow:
     def release(self, size_bytes: int) -> bool:
         """Count bytes that need no room any more; True where the peer should be told now.
 
-        That is at half a window: often enough that the peer never waits, rarely enough to cost nothing.
+        That is at half a window, or at MAX_UPDATE_BYTES: often enough that the peer never waits, rarely
+        enough to cost nothing.
         """
         self.owed += size_bytes
-        return 2 * self.owed >= self.size
+        return 2 * self.owed >= self.size or self.owed >= MAX_UPDATE_BYTES
 
     def wants_growth(self, now_s: float, round_trip_s: float) -> bool:
-        """Whether half a window went by so fast that the window itself is the limit."""
-        return now_s - self.updated_s < GROWTH_ROUND_TRIPS * round_trip_s
+        """Whether what is owed went by so fast that the window itself is the limit.
+
+        Measured by half a window: a smaller share of it must have gone by in as much less time.
+        """
+        share_of_half = 2 * self.owed / self.size
+        return now_s - self.updated_s < GROWTH_ROUND_TRIPS * round_trip_s * share_of_half
 
     def grow(self, size_bytes: int) -> None:
         """Make the window larger; the peer is told with the next update."""
