@@ -75,13 +75,14 @@ class AllocationTracer(AbstractContextManager["AllocationTracer"]):
     def __enter__(self) -> Self:
         if not tracemalloc.is_tracing():
             raise RuntimeError("tracemalloc is not tracing")
+        self._traced_before = sys.gettrace()  # a debugger's, or a coverage tool's
         sys.settrace(self._make_trace())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        sys.settrace(None)
+        sys.settrace(self._traced_before)
 
     def _make_trace(self) -> Callable[[FrameType, str, Any], Any]:
         memory, reset_peak = tracemalloc.get_traced_memory, tracemalloc.reset_peak

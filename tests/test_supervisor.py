@@ -173,7 +173,8 @@ def test_one_ready_line_and_a_clean_stop(tmp_path: Path, echo_port: int) -> None
         for process, workers in ((pair.outbound, 3), (pair.inbound, 2)):
             pids = children(process)
             figures = statistics(process, workers=workers)
-            assert sum(each["counters"]["connections_accepted"] > 0 for each in figures.values()) > 1
+            if process is pair.outbound:  # 30 connections; the server sees one tunnel of each client worker only
+                assert sum(each["counters"]["connections_accepted"] > 0 for each in figures.values()) > 1
             assert process.stop() == 0
             assert not any(is_alive(pid) for pid in pids)
             assert sum(line.endswith(": stopped") for line in process.lines) == workers + 1
