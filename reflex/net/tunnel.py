@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
-SHARED_READ_BYTES: Final = 16_384
+SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
 TICK_MAX_S: Final = 5.0  # how often liveness and idle streams are looked at
 TICK_MIN_S: Final = 0.25
