@@ -8,7 +8,6 @@ No repr of any settings shows a secret.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import uuid
@@ -16,6 +15,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from reflex.config_reader import Document, Secret, Table
+from reflex.config_values import (
+    EXPECTED_ADDRESS,
+    EXPECTED_LISTEN,
+    EXPECTED_RULE,
+    HostPort,
+    TargetRule,
+    is_loopback,
+)
 from reflex.errors import ConfigError
 
 __all__ = [
@@ -42,8 +49,6 @@ __all__ = [
 CIPHERS: Final = ("auto", "aes-256-gcm", "chacha20-poly1305")
 PROTOCOLS: Final = ("socks5", "forward")
 
-MAX_PORT: Final = 65_535
-MAX_NAME_CHARACTERS: Final = 253  # of a host name, RFC 1035 without the root's dot
 MAX_USER_NAME_CHARACTERS: Final = 64  # stands in log lines
 MAX_SOCKS_BYTES: Final = 255  # of a user name or a password: RFC 1929 counts them in one byte
 MAX_CONNECTIONS: Final = 1_000_000  # more sockets than one process is ever granted
@@ -55,93 +60,11 @@ MAX_TIMEOUT_S: Final = 3_600.0
 MAX_IDLE_TIMEOUT_S: Final = 7 * 86_400.0
 MAX_KEEPALIVE_S: Final = 32_767  # Linux takes no more for TCP_KEEPIDLE
 
-EXPECTED_ADDRESS: Final = "host:port or [IPv6 address]:port, the port from 1 to 65535"
-EXPECTED_LISTEN: Final = "address:port or [IPv6 address]:port, the port from 0 (any free one) to 65535"
-EXPECTED_RULE: Final = (
-    "host:port, where the host is *, *.suffix, a name, an address or a network, the port a number or *"
-)
 EXPECTED_ID: Final = "a UUID such as b831381d-6324-4d53-ad4f-8cda48b30811"
 EXPECTED_USER_NAME: Final = f"1 to {MAX_USER_NAME_CHARACTERS} printable characters"
 EXPECTED_SOCKS: Final = f"1 to {MAX_SOCKS_BYTES} bytes"
 
-_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
-_LABEL: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.ASCII)
-# What a resolver may take for an IPv4 address although it is none in full: 127.1, 0x7f000001, 256.1.1.1.
-_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class HostPort:
-    """A host (a lower-case name, or an address in its shortest form, without brackets) and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str, *, lowest_port: int = 1) -> HostPort:
-        """``host:port`` or ``[v6]:port``. Raises ValueError; its text does not tell more than that it is wrong."""
-        host, bracketed, port = _split_address(text)
-        if not _PORT.fullmatch(port) or not lowest_port <= int(port) <= MAX_PORT:
-            raise ValueError("bad port")
-        if bracketed:
-            if "%" in host:
-                raise ValueError("an address with a zone")
-            return cls(str(ipaddress.IPv6Address(host)), int(port))
-        return cls(_ipv4_or_name(host), int(port))
-
-    @classmethod
-    def parse_listen(cls, text: str) -> HostPort:
-        """The same, for an address to listen on: port 0 is any free port."""
-        return cls.parse(text, lowest_port=0)
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRule:
-    """One entry of ``[targets]``: which targets it speaks of.
-
-    ``network`` is set where addresses are meant (a single one is a network of one); ``host_pattern`` is then its
-    text. Otherwise ``host_pattern`` is a lower-case name, ``*.suffix`` or ``*``. ``port`` is None for every port.
-    ``str()`` gives a text that :meth:`parse` takes.
-    """
-
-    host_pattern: str
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None
-    port: int | None
-
-    def __str__(self) -> str:
-        port = "*" if self.port is None else self.port
-        return f"[{self.host_pattern}]:{port}" if ":" in self.host_pattern else f"{self.host_pattern}:{port}"
-
-    @classmethod
-    def parse(cls, text: str) -> TargetRule:
-        """``127.0.0.1:80``, ``10.1.0.0/16:443``, ``[fd00::/8]:443``, ``name:443``, ``*.suffix:*``, ``*:25``.
-
-        Raises ValueError for anything else, and for a network with host bits set (``10.1.2.3/16``).
-        """
-        host, bracketed, port_text = _split_address(text)
-        port: int | None = None
-        if port_text != "*":
-            if not _PORT.fullmatch(port_text) or not 1 <= int(port_text) <= MAX_PORT:
-                raise ValueError("bad port")
-            port = int(port_text)
-        if bracketed:
-            if "%" in host:
-                raise ValueError("an address with a zone")
-            network6 = ipaddress.IPv6Network(host)
-            return cls(str(network6), network6, port)
-        if host == "*":
-            return cls(host, None, port)
-        if host.startswith("*."):
-            return cls("*." + _name(host[2:]), None, port)
-        try:
-            network4 = ipaddress.IPv4Network(host)
-        except ValueError:
-            return cls(_name(host), None, port)
-        return cls(str(network4), network4, port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,7 +309,7 @@ def _listen(table: Table) -> ListenSettings | None:
         for key, other in (("username", "password"), ("password", "username")):
             if key not in table and other in table:
                 table.problem(key, "nothing", f"{EXPECTED_SOCKS}, to go with {other}")
-        if address is not None and "password" not in table and not _is_loopback(address.host):
+        if address is not None and "password" not in table and not is_loopback(address.host):
             table.warn(
                 "address", f"everybody who reaches {address} may use this proxy; expected a username and password"
             )
@@ -479,40 +402,6 @@ def _refuse_repeated_listen(document: Document, listen: list[tuple[str, HostPort
     for place, address in listen:
         if address.port and first.setdefault(address, place) != place:
             document.problem(place, f"the same as {first[address]}", "an address that is listened on only once")
-
-
-def _split_address(text: str) -> tuple[str, bool, str]:
-    """``[host]:port`` or ``host:port`` as host, whether it stood in brackets, and the port's text."""
-    if text.startswith("["):
-        host, separator, port = text[1:].partition("]:")
-        if not separator:
-            raise ValueError("no ]:port after [")
-        return host, True, port
-    host, _, port = text.rpartition(":")
-    return host, False, port
-
-
-def _ipv4_or_name(host: str) -> str:
-    try:
-        return str(ipaddress.IPv4Address(host))
-    except ValueError:
-        return _name(host)
-
-
-def _name(text: str) -> str:
-    """A host name in lower case. Raises ValueError for what no resolver, or every resolver differently, takes."""
-    name = text.lower()
-    labels = name.split(".")
-    if len(name) > MAX_NAME_CHARACTERS or not all(map(_LABEL.fullmatch, labels)) or _NUMBER.fullmatch(labels[-1]):
-        raise ValueError("bad host name")
-    return name
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _parse_id(text: str) -> uuid.UUID:
