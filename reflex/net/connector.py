@@ -170,6 +170,8 @@ class Connector:
             self._dial_as_needed()
 
     def _fail_waiting(self, error: TunnelError) -> None:
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, deque()
         for waiter in waiting:
             waiter.on_no_tunnel(error)
