@@ -13,7 +13,7 @@ from reflex.errors import FrameError, ProtocolError, RecordError, WindowExceeded
 from reflex.pool import TIER_SIZES
 from reflex.protocol.frames import (
     EXACT_READ_BYTES,
-    FIRST_BODY_BUFFER,
+    FIRST_RECORD_BUFFER,
     MIN_RESERVED_BYTES,
     MOVABLE_BODY_BYTES,
     Frame,
@@ -355,23 +355,50 @@ def test_nothing_is_held_before_the_first_frame_nor_after_the_last_byte(pools: P
     packer.seal()
     assert packer.output() is None
     packer.write(DATA, 1, b"x")
-    assert pools.buffers.tier(FIRST_BODY_BUFFER).in_use == pools.in_use == 1
+    assert pools.buffers.tier(FIRST_RECORD_BUFFER).in_use == pools.in_use == 1
     packer.seal()
-    assert pools.buffers.tier(TIER_SIZES[0]).in_use == pools.in_use == 1
+    assert pools.buffers.tier(FIRST_RECORD_BUFFER).in_use == pools.in_use == 1, "it is sealed where it was packed"
     take_output(packer)
     assert (pools.in_use, packer.unsent_bytes, packer.has_output) == (0, 0, False)
 
 
+def test_what_has_to_wait_is_kept_in_the_smallest_buffer_that_fits(pools: Pools) -> None:
+    packer, twin = encoder(pools), encoder(pools)
+    for each in (packer, twin):
+        for payload in (b"small", payload_of(MAX_PAYLOAD_SIZE, 1), payload_of(20_000, 2)):
+            each.write(DATA, 1, payload)
+            each.seal()
+        each.sent(3)
+    packer.shrink()
+    assert [len(buffer) for buffer, _ in packer.records] == [TIER_SIZES[0], MAX_RECORD_SIZE, FIRST_RECORD_BUFFER]
+    assert packer.unsent_bytes == twin.unsent_bytes
+    assert take_output(packer) == take_output(twin)
+    assert pools.in_use == 0
+
+
+def test_a_record_that_cannot_be_sealed_gives_its_buffer_back_wiped(pools: Pools) -> None:
+    class Broken(CipherState):
+        def seal(self, body: memoryview, out: memoryview) -> int:
+            raise RuntimeError("no cipher")
+
+    packer = FrameEncoder(Broken(Suite.AES_256_GCM, ROOT), pools.buffers)
+    packer.write(DATA, 1, SECRET)
+    with pytest.raises(RuntimeError, match="no cipher"):
+        packer.seal()
+    assert (pools.in_use, packer.unsent_bytes) == (0, 0)
+    assert SECRET not in free_memory(pools)
+
+
 def test_a_body_fills_its_buffer_but_for_the_records_overhead(pools: Pools) -> None:
     packer = encoder(pools)
-    room = FIRST_BODY_BUFFER - RECORD_OVERHEAD
+    room = FIRST_RECORD_BUFFER - RECORD_OVERHEAD
     packer.write(DATA, 1, bytes(room - 2 * FRAME_HEADER_SIZE))
     packer.write(DATA, 1)
     assert not packer.has_output
     packer.write(DATA, 1)
     assert packer.has_output
     assert [len(record) for record in sealed(packer)] == [
-        FIRST_BODY_BUFFER,
+        FIRST_RECORD_BUFFER,
         FRAME_HEADER_SIZE + RECORD_OVERHEAD,
     ]
 
@@ -397,7 +424,7 @@ def test_a_nearly_empty_body_moves_to_a_larger_buffer(pools: Pools) -> None:
 def test_a_body_with_more_in_it_ends_its_record_instead(first_bytes: int, records: int, pools: Pools) -> None:
     packer = encoder(pools)
     packer.write(DATA, 1, bytes(first_bytes))
-    packer.write(DATA, 3, bytes(FIRST_BODY_BUFFER))
+    packer.write(DATA, 3, bytes(FIRST_RECORD_BUFFER))
     assert len(sealed(packer)) == records
 
 
@@ -472,7 +499,7 @@ def test_less_than_was_reserved_may_be_committed(pools: Pools) -> None:
 
 
 def test_reserved_room_is_as_large_as_wanted_up_to_the_largest_payload(pools: Pools) -> None:
-    for wanted in (1, 100, FIRST_BODY_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE, 40_000, MAX_PAYLOAD_SIZE):
+    for wanted in (1, 100, FIRST_RECORD_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE, 40_000, MAX_PAYLOAD_SIZE):
         packer = encoder(pools)
         assert len(packer.reserve(wanted)) == wanted
         packer.close()
@@ -482,7 +509,7 @@ def test_reserved_room_behind_something_packed_may_be_shorter_than_wanted(pools:
     packer = encoder(pools)
     packer.write(DATA, 1, bytes(20_000))
     packed = FRAME_HEADER_SIZE + 20_000
-    room = FIRST_BODY_BUFFER - RECORD_OVERHEAD - packed - FRAME_HEADER_SIZE
+    room = FIRST_RECORD_BUFFER - RECORD_OVERHEAD - packed - FRAME_HEADER_SIZE
     assert len(packer.reserve(60_000)) == room
     assert not packer.has_output
     packer.close()
@@ -514,7 +541,7 @@ def test_a_record_with_little_room_left_is_ended_early(
     pools: Pools,
 ) -> None:
     packer = encoder(pools)
-    packer.write(DATA, 1, bytes(FIRST_BODY_BUFFER - RECORD_OVERHEAD - 2 * FRAME_HEADER_SIZE - room))
+    packer.write(DATA, 1, bytes(FIRST_RECORD_BUFFER - RECORD_OVERHEAD - 2 * FRAME_HEADER_SIZE - room))
     view = packer.reserve(10_000)
     assert packer.has_output == ends_early
     assert len(view) == (10_000 if ends_early else room)
@@ -523,7 +550,7 @@ def test_a_record_with_little_room_left_is_ended_early(
 
 def test_little_room_is_enough_for_little(pools: Pools) -> None:
     packer = encoder(pools)
-    packer.write(DATA, 1, bytes(FIRST_BODY_BUFFER - RECORD_OVERHEAD - 2 * FRAME_HEADER_SIZE - 10))
+    packer.write(DATA, 1, bytes(FIRST_RECORD_BUFFER - RECORD_OVERHEAD - 2 * FRAME_HEADER_SIZE - 10))
     assert len(packer.reserve(10)) == 10
     assert not packer.has_output
     assert len(packer.reserve(11)) == 11
@@ -533,7 +560,7 @@ def test_little_room_is_enough_for_little(pools: Pools) -> None:
 
 def test_a_body_without_room_for_a_header_is_ended(pools: Pools) -> None:
     packer = encoder(pools)
-    packer.write(DATA, 1, bytes(FIRST_BODY_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE))
+    packer.write(DATA, 1, bytes(FIRST_RECORD_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE))
     assert len(packer.reserve(MAX_PAYLOAD_SIZE)) == MAX_PAYLOAD_SIZE
     assert packer.has_output
     packer.close()
@@ -566,7 +593,7 @@ def test_only_a_nearly_empty_body_moves_for_more_room(
 ) -> None:
     packer = encoder(pools)
     packer.write(DATA, 1, bytes(packed - FRAME_HEADER_SIZE))
-    room = FIRST_BODY_BUFFER - RECORD_OVERHEAD - packed - FRAME_HEADER_SIZE
+    room = FIRST_RECORD_BUFFER - RECORD_OVERHEAD - packed - FRAME_HEADER_SIZE
     assert len(packer.reserve(50_000)) == (50_000 if moves else room)
     assert not packer.has_output
     packer.close()
@@ -578,13 +605,13 @@ def test_committing_beyond_the_room_is_refused_and_packs_nothing(pools: Pools) -
         packer.commit(DATA, 1, 0)
     assert (caught.value.size_bytes, caught.value.window_bytes) == (0, 0)
     packer.reserve(100)
-    room = FIRST_BODY_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE
+    room = FIRST_RECORD_BUFFER - RECORD_OVERHEAD - FRAME_HEADER_SIZE
     with pytest.raises(WindowExceeded) as caught:
         packer.commit(DATA, 1, room + 1)
     assert (caught.value.size_bytes, caught.value.window_bytes) == (room + 1, room)
     assert packer.unsent_bytes == 0
     packer.commit(DATA, 1, room)
-    assert [len(record) for record in sealed(packer)] == [FIRST_BODY_BUFFER]
+    assert [len(record) for record in sealed(packer)] == [FIRST_RECORD_BUFFER]
     with pytest.raises(WindowExceeded):
         packer.commit(DATA, 1, 1)
 
@@ -1006,7 +1033,7 @@ def test_closing_while_frames_are_drawn_ends_the_iteration(loaded: FrameDecoder,
     for frame in loaded:
         got.append(frame.stream_id)
         loaded.close()
-    assert got == [1, 2], "the record that was being split is given out, nothing behind it"
+    assert got == [1], "the buffer is gone, and with it what was not given out"
     assert pools.in_use == 0
 
 

@@ -7,13 +7,16 @@ import logging
 import socket
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 
 from reflex.net import tunnel as tunnel_module
-from reflex.net.relay import FIRST_READ_BYTES, Relay, set_reset_on_close
+from reflex.net.relay import FIRST_READ_BYTES, MAX_READ_BYTES, Relay, set_reset_on_close
+from reflex.net.tunnel import SHARED_READ_BYTES
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
+from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType
 from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
@@ -132,7 +135,7 @@ async def test_reads_grow_with_what_is_there_and_shrink_again(pools: Pools) -> N
     async with Rig(pools) as rig:
         joined = await relayed(rig)
         relay = joined.relay
-        rig.tunnel._shared_turns = 0
+        rig.tunnel.shared_turns = 0
         rig.tunnel.last_talker = relay
         assert relay._read_size == FIRST_READ_BYTES
         await joined.local.send(bytes(100_000))
@@ -143,6 +146,29 @@ async def test_reads_grow_with_what_is_there_and_shrink_again(pools: Pools) -> N
             await rig.remote.receive(joined.theirs, 1)
         assert relay._read_size == FIRST_READ_BYTES
         joined.local.close()
+
+
+@in_loop
+async def test_reads_stay_small_while_another_stream_talks(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        joined, other = await relayed(rig), await relayed(rig)
+        asked: list[int] = []
+        reserve = Session.reserve
+
+        def watched(session: Session, stream: Stream, wanted_bytes: int) -> memoryview | None:
+            if stream is joined.relay.stream:
+                asked.append(wanted_bytes)
+            return reserve(session, stream, wanted_bytes)
+
+        joined.relay._read_size = MAX_READ_BYTES
+        with patch.object(Session, "reserve", watched):
+            await other.local.send(b"x")
+            await rig.remote.receive(other.theirs, 1)
+            await joined.local.send(b"y")
+            await rig.remote.receive(joined.theirs, 1)
+        assert asked == [SHARED_READ_BYTES]
+        joined.local.close()
+        other.local.close()
 
 
 @in_loop

@@ -13,7 +13,7 @@ import pytest
 
 from reflex.metrics import Counters
 from reflex.net import tunnel as tunnel_module
-from reflex.net.tunnel import SHARED_READ_BYTES, SHARED_TURNS, Tunnel
+from reflex.net.tunnel import SHARED_TURNS, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
@@ -317,13 +317,14 @@ async def test_records_are_small_while_several_talk_and_large_again_afterwards(p
     async with Rig(pools) as rig:
         tunnel = rig.tunnel
         one, other = object(), object()
-        assert tunnel.wanted_bytes(one, 100_000) == SHARED_READ_BYTES
+        tunnel.heard(one)
         for _ in range(SHARED_TURNS):
-            assert tunnel.wanted_bytes(one, 100_000) == SHARED_READ_BYTES
+            assert tunnel.shared_turns
             tunnel._flush()
-        assert tunnel.wanted_bytes(one, 100_000) == 100_000
-        assert tunnel.wanted_bytes(other, 100) == 100
-        assert tunnel.wanted_bytes(other, 100_000) == SHARED_READ_BYTES
+        assert not tunnel.shared_turns, "one alone talks"
+        tunnel.heard(other)
+        assert tunnel.shared_turns
+        assert tunnel.last_talker is other
 
 
 @in_loop

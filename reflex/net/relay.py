@@ -22,7 +22,7 @@ from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
-from reflex.net.tunnel import Tunnel
+from reflex.net.tunnel import SHARED_READ_BYTES, Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import MAX_PAYLOAD_SIZE, Code
@@ -142,12 +142,15 @@ class Relay:
             tunnel.wait(self)
             return
         session = tunnel.session
-        read_size = self._read_size
-        view = session.reserve(self.stream, tunnel.wanted_bytes(self, read_size))
+        read_size = wanted = self._read_size
+        if tunnel.last_talker is not self:
+            tunnel.heard(self)
+        if wanted > SHARED_READ_BYTES and tunnel.shared_turns:
+            wanted = SHARED_READ_BYTES
+        view = session.reserve(self.stream, wanted)
         if view is None:
             self._pause()  # until on_writable
             return
-        asked = len(view)
         try:
             size = self._sock.recv_into(view)  # type: ignore[union-attr]  # it is read only where it is there
         except (BlockingIOError, InterruptedError):
@@ -173,11 +176,12 @@ class Relay:
         self._counters.bytes_into_tunnels += size
         if size == read_size:
             self._read_size = min(read_size * READ_GROWTH, MAX_READ_BYTES)
-        elif size * READ_GROWTH < asked:
+        elif read_size > FIRST_READ_BYTES and size * READ_GROWTH < len(view):
             self._read_size = max(read_size // READ_GROWTH, FIRST_READ_BYTES)
-        if session.has_output:
+        if session.sealed_records:
             tunnel.send()
-        tunnel.flush_soon()
+        if not tunnel.flush_is_due:
+            tunnel.flush_soon()
 
     # From the tunnel to the socket.
 

@@ -37,6 +37,8 @@ from reflex.protocol.wire import (
 
 log = logging.getLogger(__name__)
 
+_DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumeration
+
 READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
@@ -87,11 +89,11 @@ class Tunnel:
 
     __slots__ = (
         "__weakref__",
+        "_at_turn_end",
         "_close_timer",
         "_counters",
         "_discard_bytes",
         "_fd",
-        "_flush_is_due",
         "_idle_ticks",
         "_label",
         "_loop",
@@ -99,18 +101,19 @@ class Tunnel:
         "_on_open",
         "_on_settings",
         "_on_stream_end",
-        "_shared_turns",
         "_sock",
         "_tick_s",
         "_tick_timer",
         "_waiting",
         "draining",
         "ended",
+        "flush_is_due",
         "idle_since_s",
         "is_blocked",
         "last_talker",
         "session",
         "settled",
+        "shared_turns",
         "tick",
     )
 
@@ -129,6 +132,7 @@ class Tunnel:
         on_stream_end: Callable[[Tunnel], None] | None = None,
     ) -> None:
         self._loop = loop
+        self._at_turn_end = loop.call_soon
         self._sock = sock
         self._fd = sock.fileno()
         self.session = session
@@ -138,12 +142,12 @@ class Tunnel:
         self._on_open = on_open
         self._on_settings = on_settings
         self._on_stream_end = on_stream_end
-        self._flush_is_due = False
+        self.flush_is_due = False
         self.is_blocked = False
         self._waiting: list[Resumable] = []
         self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
         self.last_talker: object = None
-        self._shared_turns = 0
+        self.shared_turns = 0
         self.ended = False
         self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
         self.idle_since_s = loop.time()
@@ -189,7 +193,6 @@ class Tunnel:
         session.now_s = self._loop.time()
         for _ in range(READS_PER_TURN):
             view = session.receive_buffer()
-            asked = len(view)
             try:
                 size = self._sock.recv_into(view)
             except (BlockingIOError, InterruptedError):
@@ -205,7 +208,7 @@ class Tunnel:
                 return
             try:
                 for event in session.events():
-                    if event.kind is EventKind.DATA:
+                    if event.kind is _DATA:
                         event.stream.owner.on_data(event.data)  # type: ignore[union-attr]  # DATA has a stream
                     else:
                         self._dispatch(event)
@@ -213,9 +216,10 @@ class Tunnel:
                         break  # its buffers are gone
             except ProtocolError as error:
                 self._fail(error)
-            if self.ended or size < asked:
+            if self.ended or size < len(view):
                 break
-        self._after_events()
+        if not (self.ended or self.flush_is_due) and session.unsent_bytes:
+            self.flush_soon()
 
     def _after_events(self) -> None:
         if not self.ended and self.session.unsent_bytes:
@@ -273,12 +277,10 @@ class Tunnel:
 
     # Into the tunnel.
 
-    def wanted_bytes(self, talker: object, read_size: int) -> int:
-        """How much a relay may read for one record: less while several talk."""
-        if self.last_talker is not talker:
-            self.last_talker = talker
-            self._shared_turns = SHARED_TURNS
-        return min(read_size, SHARED_READ_BYTES) if self._shared_turns else read_size
+    def heard(self, talker: object) -> None:
+        """Another relay than the last one has something to say: several talk."""
+        self.last_talker = talker
+        self.shared_turns = SHARED_TURNS
 
     def wait(self, relay: Resumable) -> None:
         """The tunnel is blocked: ``relay.resume`` is called when it is not any more."""
@@ -286,16 +288,16 @@ class Tunnel:
 
     def flush_soon(self) -> None:
         """Seal and send at the end of this turn; to be called after whatever packed something."""
-        if not self._flush_is_due:
-            self._flush_is_due = True
-            self._loop.call_soon(self._flush)
+        if not self.flush_is_due:
+            self.flush_is_due = True
+            self._at_turn_end(self._flush)
 
     def _flush(self) -> None:
-        self._flush_is_due = False
+        self.flush_is_due = False
         if self.ended:
             return
-        if self._shared_turns:
-            self._shared_turns -= 1
+        if self.shared_turns:
+            self.shared_turns -= 1
         self.session.seal()
         if not self.is_blocked:
             self.send()
@@ -317,6 +319,7 @@ class Tunnel:
             if size < len(view):
                 if not self.is_blocked:
                     self.is_blocked = True
+                    session.shrink()
                     self._loop.add_writer(self._fd, self._on_socket_writable)
                 return
         if self.is_blocked:

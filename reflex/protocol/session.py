@@ -14,10 +14,18 @@ the process's budget of buffered bytes lasts; from there on it, too, waits for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from reflex.errors import FrameError, LocalError, ProtocolError, SessionClosed, StreamsExhausted, StreamStateError
+from reflex.errors import (
+    FrameError,
+    LocalError,
+    ProtocolError,
+    SessionClosed,
+    StreamsExhausted,
+    StreamStateError,
+    WindowExceeded,
+)
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event, EventKind
@@ -27,15 +35,18 @@ from reflex.protocol.incoming import HANDLERS
 from reflex.protocol.keys import CipherState
 from reflex.protocol.liveness import Liveness
 from reflex.protocol.pools import Pools
-from reflex.protocol.streams import Stream
+from reflex.protocol.streams import MAY_RECEIVE, MAY_SEND, Stream
 from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
     CODE,
     DEFAULT_MAX_STREAMS,
     FIRST_IGNORED_TYPE,
+    FRAME_HEADER,
+    FRAME_HEADER_SIZE,
     GOAWAY,
     INCREMENT,
     KEEPALIVE_S,
+    MAX_FRAME_SIZE,
     MAX_STREAM_ID,
     SESSION_WINDOW,
     SETTING,
@@ -51,8 +62,8 @@ MAX_UNSENT_BYTES: Final = 1_048_576
 
 # Plain ints and bound names for what is asked for every frame.
 _DATA: Final = int(FrameType.DATA)
-_TCP: Final = Network.TCP
 _DATA_EVENT: Final = EventKind.DATA
+_unpack_header = FRAME_HEADER.unpack_from
 
 
 class Session:
@@ -62,6 +73,7 @@ class Session:
         now_s: monotonic seconds; the application sets it before it draws events or reports
             consumed bytes.
         streams: the live streams by id.
+        sealed_records: empty unless sealed bytes wait to be sent; for those who ask at every turn.
         peer_time_ms: the peer's clock when it sent its SETTINGS, ms since 1970; 0 until then.
         close_sent, close_received: whether the session has ended cleanly, by this side or by the peer.
     """
@@ -71,6 +83,7 @@ class Session:
         "_decoder",
         "_encoder",
         "_event",
+        "_frames",
         "_goaway_received",
         "_goaway_sent",
         "_highest_id",
@@ -87,6 +100,7 @@ class Session:
         "close_sent",
         "now_s",
         "peer_time_ms",
+        "sealed_records",
         "streams",
     )
 
@@ -106,7 +120,9 @@ class Session:
         if not is_client:
             outgoing, incoming = incoming, outgoing
         self._encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
+        self.sealed_records: Sequence[object] = self._encoder.records
         self._decoder = FrameDecoder(CipherState(secrets.suite, incoming), pools.buffers, pools.frames)
+        self._frames = pools.frames
         self._event = Event()
         self._is_client = is_client
         self._budget = budget or Budget()
@@ -215,37 +231,79 @@ class Session:
             ProtocolError: fatal (protocol section 5): call :meth:`close_buffers`, send nothing more.
         """
         self._liveness.received_s = self.now_s
+        decoder = self._decoder
         event = self._event
         live = self.streams
         session_window = self._receive_window
-        for frame in self._decoder:
-            if self._is_ending and (self._is_over or self.close_received or frame.type != FrameType.CLOSE):
-                continue  # nothing is answered after CLOSE, and nothing said after it counts
-            if frame.type == _DATA:
-                size = len(frame.payload)
-                if not size:
-                    raise FrameError("an empty DATA frame")
-                stream = live.get(frame.stream_id)
-                session_window.receive(size)
-                if stream is None:
-                    self._check_was_opened(frame.stream_id)
-                    self._give_session_credit(size)
-                    continue
-                if not st.MAY_RECEIVE[stream.state] or stream.network != _TCP:
-                    raise FrameError(f"DATA on {stream!r}")
-                self._hold(stream, size)
-                event.kind = _DATA_EVENT
-                event.stream = stream
-                event.data = frame.payload
-                yield event
-                continue
-            handler = HANDLERS.get(frame.type)
-            if handler is not None:
+        budget = self._budget
+        try:
+            while (body := decoder.next_body()) is not None:
+                size = len(body)
+                end = 0
+                while end < size:
+                    if self._is_over:
+                        return  # the body is not this session's any more
+                    start = end + FRAME_HEADER_SIZE
+                    if start > size:
+                        raise FrameError(f"{size - end} bytes at the end of a body are no frame")
+                    type_and_size, stream_id = _unpack_header(body, end)
+                    payload_bytes = type_and_size & MAX_FRAME_SIZE
+                    end = start + payload_bytes
+                    if end > size:
+                        raise FrameError(f"a frame passes the end of its body by {end - size} bytes")
+                    if type_and_size >> 24 != _DATA or self._is_ending:
+                        yield from self._take(type_and_size >> 24, stream_id, body[start:end])
+                        continue
+                    # DATA, the common case, without a call: windows first, then the stream.
+                    if not payload_bytes:
+                        raise FrameError("an empty DATA frame")
+                    if payload_bytes > session_window.available:
+                        session_window.receive(payload_bytes)  # raises
+                    session_window.available -= payload_bytes
+                    stream = live.get(stream_id)
+                    if stream is None:
+                        self._check_was_opened(stream_id)
+                        self._give_session_credit(payload_bytes)
+                        continue
+                    if not MAY_RECEIVE[stream.state] or not stream.is_tcp:
+                        raise FrameError(f"DATA on {stream!r}")
+                    window = stream.receive_window
+                    if payload_bytes > window.available:
+                        window.receive(payload_bytes)  # raises
+                    window.available -= payload_bytes
+                    stream.held_bytes += payload_bytes
+                    budget.buffered += payload_bytes
+                    if budget.buffered > budget.buffered_limit:
+                        self._withheld += payload_bytes
+                    else:
+                        session_window.owed += payload_bytes
+                        if session_window.owed >= session_window.due:
+                            self._give_session_credit(0)
+                    event.kind = _DATA_EVENT
+                    event.stream = stream
+                    event.data = body[start:end]
+                    yield event
+        finally:
+            decoder.settle()
+
+    def _take(self, frame_type: int, stream_id: int, payload: memoryview) -> Iterator[Event]:
+        """Any frame but DATA; and any at all once the session is ending."""
+        if self._is_ending and (self.close_received or frame_type != FrameType.CLOSE):
+            return  # nothing is answered after CLOSE, and nothing said after it counts
+        handler = HANDLERS.get(frame_type)
+        if handler is not None:
+            frame = self._frames.acquire()
+            try:
+                frame.type = frame_type
+                frame.stream_id = stream_id
+                frame.payload = payload
                 yield from handler(self, frame)
-            elif frame.type < FIRST_IGNORED_TYPE:
-                raise FrameError(f"a frame of unknown type {frame.type:#04x}")
-            if self._encoder.control_bytes > MAX_UNSENT_BYTES:
-                raise ProtocolError("the peer asks for answers and does not read them")
+            finally:
+                self._frames.release(frame)
+        elif frame_type < FIRST_IGNORED_TYPE:
+            raise FrameError(f"a frame of unknown type {frame_type:#04x}")
+        if self._encoder.control_bytes > MAX_UNSENT_BYTES:
+            raise ProtocolError("the peer asks for answers and does not read them")
 
     def _hold(self, stream: Stream, size_bytes: int) -> None:
         """Count payload that the application now has to consume."""
@@ -330,12 +388,14 @@ class Session:
         Raises:
             StreamStateError: the stream has ended sending, or carries datagrams.
         """
-        if not st.MAY_SEND[stream.state] or stream.network != _TCP:
+        if not MAY_SEND[stream.state] or not stream.is_tcp:
             raise StreamStateError(stream.id, repr(stream), "send DATA")
-        window_bytes = min(stream.send_window.available, self._send_window.available)
-        if window_bytes <= 0:
-            return None
-        return self._encoder.reserve(min(wanted_bytes, window_bytes))
+        available = min(stream.send_window.available, self._send_window.available)
+        if available < wanted_bytes:
+            if available <= 0:
+                return None
+            wanted_bytes = available
+        return self._encoder.reserve(wanted_bytes)
 
     def commit(self, stream: Stream, size_bytes: int) -> None:
         """The first ``size_bytes`` of the reserved view are DATA of the stream; for 0 nothing is written.
@@ -345,8 +405,12 @@ class Session:
         """
         if not size_bytes:
             return
-        stream.send_window.take(size_bytes)
-        self._send_window.take(size_bytes)
+        window = stream.send_window
+        session_window = self._send_window
+        if size_bytes > window.available or size_bytes > session_window.available:
+            raise WindowExceeded(size_bytes, min(window.available, session_window.available))
+        window.available -= size_bytes
+        session_window.available -= size_bytes
         self._encoder.commit(_DATA, stream.id, size_bytes)
 
     def send(self, stream: Stream, data: bytes | memoryview) -> int:
@@ -365,7 +429,7 @@ class Session:
         Raises:
             StreamStateError: it had, or the stream carries datagrams, which ends by a reset.
         """
-        if stream.network != _TCP:
+        if not stream.is_tcp:
             raise StreamStateError(stream.id, repr(stream), "send DATA_FIN")
         stream.move(st.SEND_FIN)
         self._encoder.write(FrameType.DATA_FIN, stream.id)
@@ -377,7 +441,7 @@ class Session:
         Raises:
             StreamStateError: the stream has ended, or is no UDP stream.
         """
-        if stream.network == _TCP:
+        if stream.is_tcp:
             raise StreamStateError(stream.id, repr(stream), "send a DATAGRAM")
         stream.move(st.SEND_DATA)
         self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
@@ -399,8 +463,11 @@ class Session:
             size = min(self._withheld, size_bytes)
             self._withheld -= size
             self._give_session_credit(size)
-        if st.MAY_RECEIVE[stream.state] and stream.network == _TCP and stream.receive_window.release(size_bytes):
-            self._update_stream_window(stream)
+        if MAY_RECEIVE[stream.state] and stream.is_tcp:
+            window = stream.receive_window
+            window.owed += size_bytes
+            if window.owed >= window.due:
+                self._update_stream_window(stream)
 
     def _update_stream_window(self, stream: Stream) -> None:
         window = stream.receive_window
@@ -493,6 +560,10 @@ class Session:
     def sent(self, size_bytes: int) -> None:
         """So many bytes of :meth:`output` were sent."""
         self._encoder.sent(size_bytes)
+
+    def shrink(self) -> None:
+        """The peer takes nothing for a while: see :meth:`FrameEncoder.shrink`."""
+        self._encoder.shrink()
 
     def data_to_send(self) -> bytes:
         """Seal, and take everything that waits: the convenient way, at the price of a copy."""

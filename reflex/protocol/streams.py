@@ -113,6 +113,7 @@ class Stream:
         "grown_bytes",
         "held_bytes",
         "id",
+        "is_tcp",
         "network",
         "owner",
         "receive_window",
@@ -124,6 +125,7 @@ class Stream:
         self.id = stream_id
         self.state = state
         self.network = network
+        self.is_tcp = network == Network.TCP
         self.send_window = SendWindow(STREAM_WINDOW)
         self.receive_window = ReceiveWindow(STREAM_WINDOW)
         self.held_bytes = 0

@@ -85,14 +85,19 @@ class ReceiveWindow:
 
     ``available + owed + held == size``, where ``owed`` is credit that the peer may have but was not
     told of, and ``held`` what was received and not yet released by its reader (counted by the caller).
+    The session does the arithmetic of ``receive`` and ``release`` itself where DATA is concerned.
+
+    Attributes:
+        due: the peer is to be told of what is owed once it is as much as this.
     """
 
-    __slots__ = ("available", "owed", "size", "updated_s")
+    __slots__ = ("available", "due", "owed", "size", "updated_s")
 
     def __init__(self, size_bytes: int) -> None:
         self.size = size_bytes
         self.available = size_bytes
         self.owed = 0
+        self.due = min((size_bytes + 1) // 2, MAX_UPDATE_BYTES)
         self.updated_s = 0.0
 
     def receive(self, size_bytes: int) -> None:
@@ -112,7 +117,7 @@ class ReceiveWindow:
         enough to cost nothing.
         """
         self.owed += size_bytes
-        return 2 * self.owed >= self.size or self.owed >= MAX_UPDATE_BYTES
+        return self.owed >= self.due
 
     def wants_growth(self, now_s: float, round_trip_s: float) -> bool:
         """Whether what is owed went by so fast that the window itself is the limit.
@@ -126,6 +131,7 @@ class ReceiveWindow:
         """Make the window larger; the peer is told with the next update."""
         self.size += size_bytes
         self.owed += size_bytes
+        self.due = min((self.size + 1) // 2, MAX_UPDATE_BYTES)
 
     def update(self, now_s: float) -> int:
         """The increment to send, in bytes; from then on the peer may use it."""

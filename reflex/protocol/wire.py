@@ -62,6 +62,7 @@ assert MAX_BODY_SIZE == 131_036
 FRAME_HEADER: Final = struct.Struct(">II")  # type << 24 | payload length, stream
 FRAME_HEADER_SIZE: Final = FRAME_HEADER.size
 MAX_PAYLOAD_SIZE: Final = MAX_BODY_SIZE - FRAME_HEADER_SIZE
+MAX_FRAME_SIZE: Final = 0xFF_FFFF  # what the length's 24 bits can say; a record holds less
 MAX_STREAM_ID: Final = 0xFFFF_FFFF
 assert FRAME_HEADER_SIZE == 8
 
