@@ -27,6 +27,7 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.greeting import Door, Greeting
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.options import is_loopback, set_options
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
@@ -102,6 +103,8 @@ class Inbound:
         except StartError:
             self._stop_listening()
             raise
+        for listener in self._listeners:
+            listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         return [listener.address for listener in self._listeners]
 
     # 1. A connection arrives.
@@ -113,13 +116,14 @@ class Inbound:
             return
         self._counters.connections_accepted += 1
         try:
-            dial.set_options(sock, nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
-            peer = "%s:%d" % sock.getpeername()[:2]  # noqa: UP031  # two values of a longer tuple
+            host, port = sock.getpeername()[:2]
+            if is_loopback(host):
+                set_options(sock, nodelay=False, keepalive_s=0, on_loopback=True)
         except OSError:
             sock.close()  # it left before it was looked at
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
-        self._greetings.add(Greeting(self._door, sock, peer))
+        self._greetings.add(Greeting(self._door, sock, f"{host}:{port}"))
         self._publish_connections()
 
     def _connections(self) -> int:

@@ -26,7 +26,6 @@ from typing import Final
 from reflex.config import ListenSettings, OutboundSettings, ServerSettings
 from reflex.errors import ConfigError, StartError
 from reflex.metrics import Counters, statistics_json
-from reflex.net import dial
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
@@ -109,6 +108,7 @@ class Outbound:
                 else:
                     listener = Listener(self._loop, listen.address.host, listen.address.port, on_accept)
                 self._listeners.append(listener)
+                listener.set_options(nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
         except StartError:
             self._stop_listening()
             raise
@@ -141,11 +141,6 @@ class Outbound:
             sock.close()
             return
         self._counters.connections_accepted += 1
-        try:
-            dial.set_options(sock, nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
-        except OSError:
-            sock.close()  # it left before it was looked at
-            return
         visitor = Visitor(door, sock)
         if not visitor.ended:
             self._visitors.add(visitor)

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from reflex import inbound as inbound_module
 from reflex.config import HostPort, InboundLimits, TargetRule, TargetSettings, TcpSettings
 from reflex.errors import StartError
 from reflex.inbound import Inbound
-from reflex.net import dial as dial_module
+from reflex.net import listener as listener_module
 from reflex.net import tunnel as tunnel_module
 from reflex.net.listener import open_listening
 from reflex.protocol.address import Address
@@ -258,7 +259,7 @@ async def test_who_left_before_it_was_looked_at_is_not_kept(monkeypatch: pytest.
         def gone(*_: object, **__: object) -> None:
             raise OSError("it is gone")
 
-        monkeypatch.setattr(dial_module, "set_options", gone)
+        monkeypatch.setattr(inbound_module, "set_options", gone)
         with await connect(port) as end:
             await end.expect_fin()
         assert not inbound._greetings
@@ -281,7 +282,9 @@ async def test_who_left_before_its_hello_was_answered_is_not_kept(monkeypatch: p
 
 
 @in_loop
-async def test_the_tcp_options_of_the_settings_are_set() -> None:
+async def test_the_tcp_options_of_the_settings_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (inbound_module, listener_module):
+        monkeypatch.setattr(module, "is_loopback", lambda _: False)  # as for a client from elsewhere
     keys = Keys.generate()
     settings = inbound_settings(keys, tcp=TcpSettings(nodelay=True, keepalive_s=17))
     async with running_inbound(settings) as (inbound, port):

@@ -12,6 +12,7 @@ import pytest
 
 from reflex.errors import StartError
 from reflex.net import listener as listener_module
+from reflex.net import options as options_module
 from reflex.net.listener import (
     ACCEPTS_PER_TURN,
     Listener,
@@ -20,6 +21,7 @@ from reflex.net.listener import (
     open_listening,
     open_shared,
 )
+from reflex.net.options import PLAIN_CONTROL
 from tests.pair import HOST, End, connect, in_loop, port_of, until
 
 
@@ -285,3 +287,19 @@ async def test_where_a_port_cannot_be_shared_nothing_is_left_listening(monkeypat
     with pytest.raises(StartError, match="no more"):
         open_shared(HOST, 0, count=2)
     assert opened[0].fileno() == -1
+
+
+@in_loop
+async def test_who_is_accepted_has_the_listeners_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platform in ("linux", "another"):
+        with Guests() as guests, monkeypatch.context() as context:
+            context.setattr(options_module, "_is_paced", lambda: True)
+            context.setattr(sys, "platform", platform)
+            listener = make_listener(guests)
+            listener.set_options(nodelay=True, keepalive_s=600)
+            with await connect(port_of(listener.address)):
+                await until(lambda: guests.ends)
+                sock = guests.ends[0].sock
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == PLAIN_CONTROL
+            listener.close()

@@ -25,7 +25,6 @@ from reflex.config import (
     TargetSettings,
 )
 from reflex.errors import StartError
-from reflex.net import dial as dial_module
 from reflex.net import server as server_module
 from reflex.net import tunnel as tunnel_module
 from reflex.net.listener import open_listening
@@ -201,18 +200,6 @@ async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
         await until(lambda: not pair.outbound._visitors)
         with Origin() as origin:
             await pair.stream(origin)
-
-
-@in_loop
-async def test_who_left_before_it_was_looked_at_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*_: object, **__: object) -> None:
-        raise OSError("it is gone")
-
-    async with Pair() as pair:
-        monkeypatch.setattr(dial_module, "set_options", gone)
-        with await pair.connect() as end:
-            await end.expect_fin()
-        assert not pair.outbound._visitors
 
 
 @in_loop

@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import aiohappyeyeballs
 
 from reflex.errors import DialError
+from reflex.net.options import is_loopback, set_options
 from reflex.net.targets import NameVerdict, TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
@@ -30,7 +31,6 @@ from reflex.protocol.wire import AddressType, Status
 AddrInfo = tuple[int, int, int, str, tuple[Any, ...]]
 
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5, "Connection Attempt Delay"
-KEEPALIVE_INTERVAL_S: Final = 30  # between probes once one went unanswered; the system's count of them stays
 
 _STATUS_OF_ERRNO: Final = {
     errno.ECONNREFUSED: Status.REFUSED,
@@ -117,7 +117,8 @@ async def dial(
     except TimeoutError as error:
         raise DialError(Status.TIMED_OUT, f"{address}: no connection within {timeout_s:g} s") from error
     try:
-        set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s)
+        on_loopback = is_loopback(sock.getpeername()[0])
+        set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=on_loopback)
     except OSError as error:
         sock.close()
         raise DialError(status_of(error), f"{address}: {_reason(error)}") from error
@@ -159,7 +160,7 @@ def begin_connect(
     try:
         if not _NONBLOCK:
             sock.setblocking(False)
-        set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s)
+        set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=is_loopback(address.host))
         code = sock.connect_ex((address.host, address.port))
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
@@ -196,30 +197,6 @@ def finish_connect(sock: socket.socket) -> None:
     if code != 0:
         error = OSError(code, os.strerror(code))
         raise DialError(status_of(error), _reason(error))
-
-
-def set_options(sock: socket.socket, *, nodelay: bool, keepalive_s: int) -> None:
-    """Set what ``[tcp]`` in the settings asks for.
-
-    Args:
-        sock: a TCP socket, connected or not.
-        nodelay: True to send small segments at once (TCP_NODELAY).
-        keepalive_s: silence before the system probes the other end; 0 for no probes.
-
-    Raises:
-        OSError: the system refuses.
-    """
-    if nodelay:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if keepalive_s > 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_KEEPIDLE", keepalive_s),
-            ("TCP_KEEPINTVL", min(keepalive_s, KEEPALIVE_INTERVAL_S)),
-        ):
-            option = getattr(socket, name, None)  # not every platform has them
-            if option is not None:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def status_of(error: BaseException) -> Status:

@@ -12,15 +12,16 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import ipaddress
 import logging
 import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal
 
 from reflex.errors import StartError
+from reflex.net.options import is_loopback, set_options
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Listener:
         self._on_accept = on_accept
         self._pause_timer: asyncio.TimerHandle | None = None
         self._sock = sock
+        self._options: Callable[[socket.socket], None] | None = None
         loop.add_reader(sock, self._accept)
 
     @property
@@ -82,7 +84,7 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                sock, _ = self._sock.accept()
+                sock = self._accept_one()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -92,8 +94,23 @@ class Listener:
                 self._loop.remove_reader(self._sock)
                 self._pause_timer = self._loop.call_later(PAUSE_S, self._go_on)
                 return
-            sock.setblocking(False)
             self._on_accept(sock)
+
+    def _accept_one(self) -> socket.socket:
+        sock, _ = self._sock.accept()
+        sock.setblocking(False)
+        if self._options is not None:
+            self._options(sock)
+        return sock
+
+    def set_options(self, *, nodelay: bool, keepalive_s: int) -> None:
+        """Set :func:`reflex.net.options.set_options` for every connection: on Linux, once and for all."""
+        on_loopback = _is_loopback(self._sock)
+        options = partial(set_options, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=on_loopback)
+        if sys.platform.startswith("linux"):
+            options(self._sock)  # who is accepted has them from its start (tcp(7))
+        else:
+            self._options = options
 
     def _go_on(self) -> None:
         self._pause_timer = None
@@ -107,9 +124,7 @@ class Listener:
             return
         with contextlib.suppress(BlockingIOError, OSError):  # there is nobody left, or no descriptor to take them
             while True:
-                sock, _ = self._sock.accept()
-                sock.setblocking(False)
-                self._on_accept(sock)
+                self._on_accept(self._accept_one())
         self.close()
 
     def close(self) -> None:
@@ -146,7 +161,7 @@ def listening_address(sock: socket.socket) -> str:
 
 
 def _is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+    return is_loopback(sock.getsockname()[0])
 
 
 def open_shared(host: str, port: int, *, count: int) -> list[socket.socket]:

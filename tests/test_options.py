@@ -1,0 +1,91 @@
+"""reflex.net.options: what every TCP socket is set to, and what connections on loopback get instead."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from reflex.net import options
+from reflex.net.options import KEEPALIVE_INTERVAL_S, PLAIN_CONTROL, is_loopback, set_options
+
+ONLY_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what Linux does")
+
+
+@pytest.fixture
+def sock() -> Iterator[socket.socket]:
+    with socket.socket() as sock:
+        yield sock
+
+
+def keepalive_of(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def control_of(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+@pytest.fixture
+def pacing_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose default paces; whether this one's does is another matter."""
+    monkeypatch.setattr(options, "_is_paced", lambda: True)
+
+
+def test_what_the_settings_ask_for_is_set(sock: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_options(sock, nodelay=False, keepalive_s=0)
+    assert not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert not keepalive_of(sock)
+    set_options(sock, nodelay=True, keepalive_s=600)
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 600
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == KEEPALIVE_INTERVAL_S
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE")
+    set_options(sock, nodelay=True, keepalive_s=7)
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.8.7", "::1"])
+def test_what_is_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["128.0.0.1", "12.7.0.1", "::2", "0.0.0.0", "localhost"])
+def test_what_is_not(host: str) -> None:
+    assert not is_loopback(host)
+
+
+@ONLY_LINUX
+@pytest.mark.usefixtures("pacing_system")
+def test_on_loopback_nothing_is_paced_and_nobody_is_probed(sock: socket.socket) -> None:
+    set_options(sock, nodelay=True, keepalive_s=600, on_loopback=True)
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert control_of(sock) == PLAIN_CONTROL
+    assert not keepalive_of(sock)
+
+
+@ONLY_LINUX
+@pytest.mark.usefixtures("pacing_system")
+def test_elsewhere_the_systems_congestion_control_stays(sock: socket.socket) -> None:
+    before = control_of(sock)
+    set_options(sock, nodelay=True, keepalive_s=600)
+    assert control_of(sock) == before
+
+
+@ONLY_LINUX
+@pytest.mark.parametrize("default", [b"reno", b"cubic", b"bbr", b"bbr2"])
+def test_a_default_that_does_not_pace_stays(default: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "getsockopt", lambda *_: default.ljust(16, b"\0"))
+    options._is_paced.cache_clear()
+    try:
+        assert options._is_paced() is default.startswith(b"bbr")
+    finally:
+        options._is_paced.cache_clear()
+
+
+def test_a_system_without_the_option_is_left_as_it_is(sock: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "_CONGESTION", None)
+    set_options(sock, nodelay=True, keepalive_s=600, on_loopback=True)
+    assert not keepalive_of(sock)
