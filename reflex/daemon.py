@@ -1,7 +1,7 @@
 """Runs a daemon as a process: log, event loop, signals, exit code.
 
 The story of :func:`run_daemon`: the log goes to stderr, the limit of open files up to what the system grants,
-the loop is uvloop's where it is installed. The signals are taken before the daemon starts, so that none ends in
+the loop is the one of :mod:`reflex.loop`. The signals are taken before the daemon starts, so that none ends in
 a traceback. Then: start, say where it listens, wait for SIGINT or SIGTERM, drain, exit with 0. A second one
 ends the process at once, even while a thread of the resolver hangs. SIGUSR1 asks for a report.
 
@@ -22,13 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, Protocol
 
 from reflex.errors import StartError
-
-try:
-    from uvloop import new_event_loop as _uvloop_factory
-except ImportError:  # not on this platform; asyncio's own loop is slower, and as good otherwise
-    _new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
-else:
-    _new_event_loop = _uvloop_factory
+from reflex.loop import new_event_loop
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LOG_TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
@@ -116,8 +110,15 @@ def run_daemon(
         A second signal does not return: it ends the process with 128 + its number.
     """
     log = prepare_process(name, log_level=log_level, label=label)
-    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(_serve(make, log, control or SignalControl(log)))
+    control = control or SignalControl(log)
+    try:
+        runner = asyncio.Runner(loop_factory=new_event_loop)
+        runner.get_loop()  # made now, so that what fails here is not taken for the daemon's
+    except StartError as error:
+        control.failed(one_line(error))
+        return EXIT_NOT_STARTED
+    with runner:
+        return runner.run(_serve(make, log, control))
 
 
 def prepare_process(name: str, *, log_level: str, label: str = "") -> logging.Logger:

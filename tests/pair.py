@@ -41,6 +41,7 @@ from reflex.config import (
     UserSettings,
 )
 from reflex.inbound import Inbound
+from reflex.loop import DirectLoop
 from reflex.metrics import Counters
 from reflex.net.tunnel import Tunnel
 from reflex.outbound import Outbound
@@ -70,8 +71,9 @@ HOST: Final = "127.0.0.1"
 REPLY_SIZE: Final = 10  # of SOCKS5's answer to the request, with an IPv4 address
 NOW_S: Final = 1_900_000_000  # a time for whoever needs one
 
-# The params of a module's own fixture around `loops_from`, for tests that run on both loops.
-LOOPS: Final = (pytest.param(asyncio.new_event_loop, id="asyncio"), pytest.param(uvloop.new_event_loop, id="uvloop"))
+# The params of a module's own fixture around `loops_from`, for tests that run on the daemons' loop and on
+# another; all others run on asyncio's.
+LOOPS: Final = (pytest.param(DirectLoop, id="direct"), pytest.param(uvloop.new_event_loop, id="uvloop"))
 _factory: LoopFactory = asyncio.new_event_loop
 
 

@@ -88,15 +88,12 @@ def lines(text: str) -> list[tuple[str, ...]]:
     return [line.groups() for line in found if line is not None]
 
 
-@pytest.fixture(params=["uvloop", "asyncio"])
-def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "asyncio":
-        monkeypatch.setattr(daemon_module, "_new_event_loop", None)
-    elif daemon_module._new_event_loop is None:
-        pytest.skip("uvloop is not installed")
+@pytest.fixture(params=["direct", "uvloop", "asyncio"])
+def _every_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFLEX_LOOP", request.param)
 
 
-@pytest.mark.usefixtures("_both_loops")
+@pytest.mark.usefixtures("_every_loop")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_drains(capfd: pytest.CaptureFixture[str], signum: signal.Signals) -> None:
     made: list[FakeDaemon] = []
@@ -119,7 +116,7 @@ def test_signal_while_starting_drains_once_started(capfd: pytest.CaptureFixture[
     assert lines(capfd.readouterr().err) == [("INFO", "reflex.fake", "ready: listening on 127.0.0.1:1, [::1]:2")]
 
 
-@pytest.mark.usefixtures("_both_loops")
+@pytest.mark.usefixtures("_every_loop")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_aborts(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
     ended: list[int] = []
@@ -211,9 +208,6 @@ def test_file_limit_that_cannot_be_raised(monkeypatch: pytest.MonkeyPatch) -> No
 SCRIPT = """
 import asyncio, logging, sys, threading
 
-if "no-uvloop" in sys.argv:
-    sys.modules["uvloop"] = None
-
 from reflex.daemon import run_daemon
 
 log = logging.getLogger("reflex.fake")
@@ -224,7 +218,7 @@ class Fake:
         self.forever = asyncio.Event()
 
     async def start(self):
-        log.info("loop: %s", type(asyncio.get_running_loop()).__module__)
+        log.info("loop: %s.", type(asyncio.get_running_loop()).__module__)
         return ["127.0.0.1:1"]
 
     async def drain(self):
@@ -277,11 +271,17 @@ def processes() -> Iterator[list[Process]]:
         process.popen.communicate(timeout=TIMEOUT_S)
 
 
-@pytest.mark.parametrize("loop", ["uvloop", "no-uvloop"])
-def test_process_reports_and_drains(processes: list[Process], loop: str) -> None:
-    process = Process("info", "quick", loop)
+@pytest.mark.parametrize(
+    ("wanted", "module"),
+    [("", "reflex.loop"), ("direct", "reflex.loop"), ("uvloop", "uvloop"), ("asyncio", "asyncio.unix_events")],
+)
+def test_process_reports_and_drains(
+    processes: list[Process], wanted: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFLEX_LOOP", wanted)
+    process = Process("info", "quick")
     processes.append(process)
-    process.wait_for("loop: " + ("asyncio" if loop == "no-uvloop" else ""))
+    process.wait_for(f"loop: {module}.")
     process.wait_for("INFO reflex.fake: ready: listening on 127.0.0.1:1")
     process.popen.send_signal(signal.SIGUSR1)
     process.wait_for("statistics")

@@ -29,6 +29,7 @@ from tests.processes import (
 
 DIAL_TIMEOUT_S = 1
 # curl's exit codes.
+SEND_FAILED = 55
 RECEIVE_FAILED = 56
 PROXY_FAILED = 97
 # SOCKS5's replies (RFC 1928, section 6).
@@ -173,7 +174,8 @@ def test_curl_is_told_that_a_target_does_not_answer(pair: Pair) -> None:
 
 def test_curl_is_reset_by_a_forward_whose_target_refuses(pair: Pair) -> None:
     done = run_curl(f"http://127.0.0.1:{pair.outbound_addresses[3][1]}/")
-    assert done.returncode == RECEIVE_FAILED, done.stderr
+    # A busy curl may meet the reset while it still sends its request.
+    assert done.returncode in (RECEIVE_FAILED, SEND_FAILED), done.stderr
     assert b"reset" in done.stderr
 
 

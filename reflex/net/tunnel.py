@@ -6,7 +6,7 @@ The way of a turn:
    them, and each event goes to the relay of its stream, which sends to its own socket at once.
 2. The loop says that local sockets are readable: each relay receives straight into the record that is
    being packed. A record that is full is sealed and sent on the spot.
-3. At the turn's end (one ``call_soon``) what was packed is sealed and sent, in one piece.
+3. At the turn's end what was packed is sealed and sent, in one piece.
 4. What the socket does not take stays in the encoder; until it is taken, the tunnel is *blocked*:
    relays that turn readable stop reading, and go on when it is not blocked any more.
 
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from reflex.errors import ProtocolError
+from reflex.loop import DirectLoop
 from reflex.metrics import Counters
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.session import Session
@@ -132,7 +133,7 @@ class Tunnel:
         on_stream_end: Callable[[Tunnel], None] | None = None,
     ) -> None:
         self._loop = loop
-        self._at_turn_end = loop.call_soon
+        self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
         self._sock = sock
         self._fd = sock.fileno()
         self.session = session
