@@ -102,6 +102,7 @@ private_key = "{private_key}"
 name = {user_name}
 id = "{user_id}"
 key = "{user_key}"
+# Limits of its own may follow here; README.md, "Limits for each user".
 
 # Public addresses may be dialled, others only if they are allowed here.
 [targets]
