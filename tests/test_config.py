@@ -396,7 +396,9 @@ def test_unknown_keys(tmp_path: Path) -> None:
         "tcp.zzz: an unknown key; expected one of keepalive_s, nodelay"
     )
     problem = inbound_problem(tmp_path, f'{INBOUND}"odd \\u001b[31m key" = 1')
-    assert problem.startswith("users[0].'odd \\x1b[31m key': an unknown key; expected one of bytes_per_s, dials_per_s, ")
+    assert problem.startswith(
+        "users[0].'odd \\x1b[31m key': an unknown key; expected one of bytes_per_s, dials_per_s, "
+    )
     problem = inbound_problem(tmp_path, f"{INBOUND}{'x' * 1000} = 1")
     assert problem.startswith(f"users[0].'{'x' * 40}…': an unknown key;")
 
