@@ -274,6 +274,7 @@ def _run(
         workers=settings.workers,
         name=name,
         log_level=arguments.log_level,
+        limited_users=len(settings.limited_users) if isinstance(settings, InboundSettings) else 0,
     )
 
 
