@@ -92,7 +92,9 @@ class UserField(IntEnum):
     DIALS = 2  # so far
     BYTES_UP = 3  # so far, from the tunnels to the targets
     BYTES_DOWN = 4  # so far, from the targets into the tunnels
-    NOTED_MONTH = 5  # the last one whose bytes it said were used up, such as 202611
+    WAITING_UP = 5  # streams that wait to go on
+    WAITING_DOWN = 6
+    NOTED_MONTH = 7  # the last one whose bytes it said were used up, such as 202611
 
 
 class UserTable:

@@ -23,6 +23,8 @@ MIN_SHARE_BYTES: Final = 4_096  # of one who waits, in one turn: more of them ge
 
 Waiter = Callable[[], None]
 
+_WAITING: Final = {UserField.BYTES_UP: UserField.WAITING_UP, UserField.BYTES_DOWN: UserField.WAITING_DOWN}
+
 
 class Pace:
     """Bytes in a second.
@@ -30,7 +32,7 @@ class Pace:
     Args:
         bytes_per_s: of all workers together.
         row: this worker's numbers of the user, and the others'.
-        field: where what was taken is published.
+        direction: BYTES_UP or BYTES_DOWN, where what was taken is published.
         on_wait: called whenever somebody has to wait.
     """
 
@@ -38,7 +40,6 @@ class Pace:
         "_balance",
         "_burst",
         "_crowd",
-        "_field",
         "_grant",
         "_last_s",
         "_looked_s",
@@ -49,8 +50,10 @@ class Pace:
         "_seen",
         "_share",
         "_taken",
+        "_taken_field",
         "_timer",
         "_waiting",
+        "_waiting_field",
     )
 
     def __init__(
@@ -58,7 +61,7 @@ class Pace:
         loop: asyncio.AbstractEventLoop,
         bytes_per_s: int,
         row: UserRow,
-        field: UserField,
+        direction: UserField,
         on_wait: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -68,9 +71,10 @@ class Pace:
         self._balance: float = self._burst
         self._last_s = self._looked_s = loop.time()
         self._row = row
-        self._field = field
-        self._seen = row.elsewhere(field)
-        self._crowd = 1  # workers that take at the moment, this one among them
+        self._taken_field = direction
+        self._waiting_field = _WAITING[direction]
+        self._seen = row.elsewhere(direction)
+        self._crowd = 1.0  # who waits in all workers, for each that waits in this one
         self._taken = 0
         self._on_wait = on_wait
         self._waiting: dict[Waiter, None] = {}  # in their order
@@ -93,7 +97,7 @@ class Pace:
         if self._share is not None:
             self._share -= size_bytes
         self._taken += size_bytes
-        self._row.publish(self._field, self._taken)
+        self._row.publish(self._taken_field, self._taken)
 
     def wait(self, waiter: Waiter) -> None:
         """Call the waiter, once, when its turn has come: it may ask again, and wait again."""
@@ -101,6 +105,7 @@ class Pace:
             self._waiting[waiter] = None
             self._on_wait()
         if self._timer is None and self._share is None:
+            self._row.publish(self._waiting_field, len(self._waiting))
             self._timer = self._loop.call_later(TICK_S, self._serve)
 
     def _refill(self) -> None:
@@ -109,12 +114,10 @@ class Pace:
         self._last_s = now_s
         if self._seen and now_s - self._looked_s >= TICK_S:
             self._looked_s = now_s
-            now_seen = self._row.elsewhere(self._field)
-            # A worker that was replaced begins at 0 again.
-            taken = [max(0, new - old) for new, old in zip(now_seen, self._seen, strict=True)]
-            self._seen = now_seen
-            self._crowd = 1 + sum(size > 0 for size in taken)
-            gained -= sum(taken)
+            taken, self._seen = _growth(self._row.elsewhere(self._taken_field), self._seen)
+            gained -= taken
+            here = max(1, len(self._waiting))
+            self._crowd = (here + sum(self._row.elsewhere(self._waiting_field))) / here
         self._balance = min(self._burst, self._balance + gained)
 
     def _serve(self) -> None:
@@ -123,7 +126,7 @@ class Pace:
         self._refill()
         waiting, self._waiting = self._waiting, {}
         try:
-            while waiting and self._balance >= min(self._grant, self._burst):
+            while waiting and self._balance >= self._grant:
                 room = self._balance / self._crowd
                 self._share = max(room / len(waiting), min(room, MIN_SHARE_BYTES))
                 waiter = next(iter(waiting))
@@ -133,6 +136,7 @@ class Pace:
             self._share = None
             waiting.update(self._waiting)
             self._waiting = waiting
+            self._row.publish(self._waiting_field, len(waiting))
             if waiting:
                 self._timer = self._loop.call_later(TICK_S, self._serve)
 
@@ -162,10 +166,9 @@ class DialPace:
     def book(self) -> float | None:
         """How long the next dial has to wait, in seconds; None where that would be too long."""
         now_s = self._loop.time()
-        elsewhere = self._row.elsewhere(UserField.DIALS)
-        others = sum(max(0, new - old) for new, old in zip(elsewhere, self._seen, strict=True))
-        gained = self._rate * (now_s - self._last_s) - others
-        self._last_s, self._seen = now_s, elsewhere
+        dialled, self._seen = _growth(self._row.elsewhere(UserField.DIALS), self._seen)
+        gained = self._rate * (now_s - self._last_s) - dialled
+        self._last_s = now_s
         self._balance = min(self._burst, self._balance + gained)
         wait_s = max(0.0, (1 - self._balance) / self._rate)
         if wait_s > self._max_wait_s:
@@ -174,3 +177,8 @@ class DialPace:
         self._dials += 1
         self._row.publish(UserField.DIALS, self._dials)
         return wait_s
+
+
+def _growth(numbers: list[int], before: list[int]) -> tuple[int, list[int]]:
+    """By how much the numbers have grown in all, and the numbers. A worker that was replaced began at 0 again."""
+    return sum(max(0, new - old) for new, old in zip(numbers, before, strict=True)), numbers

@@ -115,5 +115,8 @@ class PacedRelay(TargetRelay):
         """As of every relay; what is kept is dropped."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            self.tunnel.session.consumed(self.stream, kept.clear())
+            tunnel = self.tunnel
+            tunnel.session.consumed(self.stream, kept.clear())
+            if not tunnel.ended and tunnel.session.unsent_bytes:
+                tunnel.flush_soon()
         super().end(reset=reset)
