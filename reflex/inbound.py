@@ -114,6 +114,7 @@ class Inbound:
                     self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
         except StartError:
             self._stop_listening()
+            self._stop_metering()
             if self._usage is not None:
                 await self._usage.close()
             raise

@@ -155,7 +155,7 @@ async def test_a_reset_drops_what_is_kept_and_what_waits_to_be_read(pools: Pools
 async def test_a_target_that_is_gone_ends_the_stream_in_the_midst_of_what_is_kept(pools: Pools) -> None:
     async with Rig(pools) as rig:
         with Origin() as origin:
-            made = await paced(rig, origin)
+            made = await paced(rig, origin, rate=100_000)
             await made.send(PATTERN)
             await until(lambda: made.relay.waiting_bytes)
             made.relay._pause()  # so that it is the next send that finds out
