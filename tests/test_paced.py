@@ -132,6 +132,8 @@ async def test_one_stream_that_is_slowed_down_does_not_hold_up_the_tunnel(pools:
             await other.send(b"not held up")
             assert await other.target.receive(11) == b"not held up"
             assert made.relay.waiting_bytes > 200_000
+            await other.finish()
+            await other.target.expect_fin()
 
 
 @in_loop
