@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METER_INTERVAL_S: Final = 0.5  # how often what users have used of their month is looked at
-METERS_PER_WRITE: Final = 4  # and how often it is written
+METERS_PER_WRITE: Final = 4  # WRITE_INTERVAL_S of reflex.usage, in looks
 
 
 class Inbound:
@@ -126,8 +126,10 @@ class Inbound:
         users = settings.limited_users
         metered = {str(user.id): user.name for user in users if user.monthly_bytes is not None}
         if metered and settings.usage_file is not None:
-            from reflex.usage import MonthlyUsage  # noqa: PLC0415 - most servers need no SQLite
-
+            try:
+                from reflex.usage import MonthlyUsage  # noqa: PLC0415 - most servers need no SQLite
+            except ImportError as error:
+                raise StartError(f"usage_file: this Python has no SQLite: {error}") from None
             self._usage = MonthlyUsage(settings.usage_file, metered)
             self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, METERS_PER_WRITE)
         table = UserTable(1, len(users)) if shared is None or shared.users is None else shared.users
@@ -149,8 +151,11 @@ class Inbound:
     def _meter(self, until_write: int) -> None:
         for user in self._limited.values():
             user.meter()
-        if self._usage is not None and until_write <= 1:
-            self._usage.write()
+        usage = self._usage
+        # Where nothing was counted, a worker still reads what the others wrote, while it has something to judge.
+        judges = self._shared is not None and bool(self._tunnels)
+        if usage is not None and until_write <= 1 and (usage.is_counting or judges):
+            usage.write()
         until_write = until_write - 1 if until_write > 1 else METERS_PER_WRITE
         self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, until_write)
 

@@ -141,6 +141,11 @@ class MonthlyUsage:
         year, month = divmod(now.tm_year * 12 + now.tm_mon, 12)
         return f"{year}-{month + 1:02}-01 00:00 UTC"
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether anything was counted since the last write."""
+        return bool(self._counted)
+
     def count(self, user_id: str, size_bytes: int) -> None:
         """The user has used so many bytes more."""
         if size_bytes:
@@ -150,7 +155,7 @@ class MonthlyUsage:
         """What the user has used of this month, bytes; by other processes, as of the last write."""
         month = self.month
         stored = self._stored.get(user_id, 0) if month == self._stored_month else 0
-        return stored + self._in_writing.get((user_id, month), 0) + self._counted[user_id, month]
+        return stored + self._in_writing.get((user_id, month), 0) + self._counted.get((user_id, month), 0)
 
     def write(self) -> None:
         """Have the thread write what was counted, and read what others wrote; nothing while it still does."""

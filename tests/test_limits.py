@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from reflex.config import HostPort, InboundLimits, InboundSettings, PoolSettings
 from reflex.errors import StartError
-from reflex.inbound import Inbound
+from reflex.inbound import METER_INTERVAL_S, METERS_PER_WRITE, Inbound
 from reflex.net.limits import UserLimits
 from reflex.net.listener import open_listening
 from reflex.net.paced import PacedRelay
@@ -24,7 +25,7 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
-from reflex.usage import MonthlyUsage
+from reflex.usage import WRITE_INTERVAL_S, MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
 from tests.pair import (
     HOST,
@@ -312,6 +313,10 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
     ]
 
 
+def test_it_is_written_in_the_interval_that_is_documented() -> None:
+    assert METER_INTERVAL_S * METERS_PER_WRITE == WRITE_INTERVAL_S
+
+
 def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     keys = Keys.generate()
@@ -351,6 +356,13 @@ async def test_a_server_that_cannot_keep_what_was_used_does_not_start(tmp_path: 
     assert inbound._usage._is_closed
     assert inbound._meter_timer is None
     busy.close()
+
+
+@in_loop
+async def test_a_python_without_sqlite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reflex.usage", None)
+    with pytest.raises(StartError, match="usage_file: this Python has no SQLite"):
+        await Inbound(limited(Keys.generate(), monthly_bytes=1, usage_file=tmp_path / "usage.sqlite")).start()
 
 
 # Several workers

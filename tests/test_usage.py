@@ -118,7 +118,7 @@ def test_counted_written_and_kept(tmp_path: Path, clock: Clock) -> None:
         usage = MonthlyUsage(path, NAMES, clock=clock)
         usage.count(ALICE, 100)
         usage.count(BOB, 0)
-        assert (usage.used(ALICE), usage.used(BOB)) == (100, 0)
+        assert (usage.used(ALICE), usage.used(BOB), usage.is_counting) == (100, 0, True)
         assert rows(path) == []
         usage.write()
         usage.write()  # the first one is still to come
@@ -127,6 +127,7 @@ def test_counted_written_and_kept(tmp_path: Path, clock: Clock) -> None:
         assert rows(path)[0][3] in (100, 101)
         assert usage.used(ALICE) == 101
         await usage.close()
+        assert not usage.is_counting
         await usage.close()
         usage.close_now()
         usage.write()
