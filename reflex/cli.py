@@ -102,6 +102,7 @@ private_key = "{private_key}"
 name = {user_name}
 id = "{user_id}"
 key = "{user_key}"
+# Limits of its own may follow here; README.md, "Limits for each user".
 
 # Public addresses may be dialled, others only if they are allowed here.
 [targets]
@@ -273,6 +274,7 @@ def _run(
         workers=settings.workers,
         name=name,
         log_level=arguments.log_level,
+        limited_users=len(settings.limited_users) if isinstance(settings, InboundSettings) else 0,
     )
 
 

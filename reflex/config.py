@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from reflex.config_reader import Document, Secret, Table
@@ -58,6 +59,12 @@ MAX_WORKERS: Final = 64  # more than one for each processor gains nothing
 MIN_TIMEOUT_S: Final = 0.001  # a time-out of nothing would refuse everything
 MAX_TIMEOUT_S: Final = 3_600.0
 MAX_IDLE_TIMEOUT_S: Final = 7 * 86_400.0
+MAX_USER_COUNT: Final = 1_000_000  # of a user's tunnels or streams
+MIN_DIALS_PER_S: Final = 0.01
+MAX_DIALS_PER_S: Final = 1_000_000.0
+MIN_BYTES_PER_S: Final = 1_024  # slower, a request alone takes longer than anybody waits for it
+MAX_BYTES_PER_S: Final = 10**12
+MAX_MONTHLY_BYTES: Final = 10**18  # what SQLite's integers hold, with room to spare
 MAX_KEEPALIVE_S: Final = 32_767  # Linux takes no more for TCP_KEEPIDLE
 
 EXPECTED_ID: Final = "a UUID such as b831381d-6324-4d53-ad4f-8cda48b30811"
@@ -77,11 +84,25 @@ class TcpSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
-    """One of inbound.toml's ``[[users]]``."""
+    """One of inbound.toml's ``[[users]]``. The limits are of all its tunnels, in all workers; None is no limit.
+
+    ``bytes_per_s`` is for each direction, ``monthly_bytes`` for both together.
+    """
 
     name: str
     id: uuid.UUID
     key: Secret
+    max_tunnels: int | None = None
+    max_streams: int | None = None
+    dials_per_s: float | None = None
+    bytes_per_s: int | None = None
+    monthly_bytes: int | None = None
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything of the user has to be counted."""
+        limits = (self.max_tunnels, self.max_streams, self.dials_per_s, self.bytes_per_s, self.monthly_bytes)
+        return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,18 +127,24 @@ class InboundLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
-    """inbound.toml. ``workers`` processes share the port. ``warnings`` are for the log: what works, but should not
-    stay so."""
+    """inbound.toml. ``workers`` processes share the port. ``usage_file`` is absolute, and set where a user has
+    ``monthly_bytes``. ``warnings`` are for the log: what works, but should not stay so."""
 
     listen: tuple[HostPort, ...]
     private_key: Secret
     users: tuple[UserSettings, ...]
     fallback: HostPort | None = None
     workers: int = 1
+    usage_file: Path | None = None
     targets: TargetSettings = TargetSettings()
     limits: InboundLimits = InboundLimits()
     tcp: TcpSettings = TcpSettings()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def limited_users(self) -> tuple[UserSettings, ...]:
+        """Those with limits of their own, in their order."""
+        return tuple(user for user in self.users if user.has_limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +250,10 @@ def _inbound(document: Document) -> InboundSettings:
     private_key = root.secret_key("private_key", file_key="private_key_file")
     fallback = root.text("fallback", HostPort.parse, expected=EXPECTED_ADDRESS)
     workers = _workers(root)
+    usage_file = root.file_path("usage_file")
     users = _users(root)
+    if "usage_file" not in root and (counted := [user for user in users if user.monthly_bytes is not None]):
+        root.problem("usage_file", "nothing", f"the path of a file, because {counted[0].name} has monthly_bytes")
     targets = root.table("targets")
     allow = targets.texts("allow", TargetRule.parse, expected=EXPECTED_RULE)
     deny = targets.texts("deny", TargetRule.parse, expected=EXPECTED_RULE)
@@ -238,6 +268,7 @@ def _inbound(document: Document) -> InboundSettings:
         users=users,
         fallback=fallback,
         workers=workers,
+        usage_file=usage_file,
         targets=TargetSettings(allow=tuple(rule for _, rule in allow), deny=tuple(rule for _, rule in deny)),
         limits=limits,
         tcp=tcp,
@@ -282,12 +313,28 @@ def _users(root: Table) -> tuple[UserSettings, ...]:
         name = table.text("name", parse_user_name, expected=EXPECTED_USER_NAME, required=True)
         user_id = table.text("id", _parse_id, expected=EXPECTED_ID, required=True, hidden=True)
         key = table.secret_key("key")
+        max_tunnels = table.integer("max_tunnels", None, minimum=1, maximum=MAX_USER_COUNT)
+        max_streams = table.integer("max_streams", None, minimum=1, maximum=MAX_USER_COUNT)
+        dials_per_s = table.rate("dials_per_s", None, minimum=MIN_DIALS_PER_S, maximum=MAX_DIALS_PER_S)
+        bytes_per_s = table.integer("bytes_per_s", None, minimum=MIN_BYTES_PER_S, maximum=MAX_BYTES_PER_S)
+        monthly_bytes = table.integer("monthly_bytes", None, minimum=1, maximum=MAX_MONTHLY_BYTES)
         if name is not None and names.setdefault(name, table.path("name")) != table.path("name"):
             table.problem("name", f"the same as {names[name]}", "a name of its own")
         if user_id is not None and ids.setdefault(user_id, table.path("id")) != table.path("id"):
             table.problem("id", f"the same as {ids[user_id]}", "an id of its own")
         if name is not None and user_id is not None and key is not None:
-            users.append(UserSettings(name=name, id=user_id, key=key))
+            users.append(
+                UserSettings(
+                    name=name,
+                    id=user_id,
+                    key=key,
+                    max_tunnels=max_tunnels,
+                    max_streams=max_streams,
+                    dials_per_s=dials_per_s,
+                    bytes_per_s=bytes_per_s,
+                    monthly_bytes=monthly_bytes,
+                )
+            )
     return tuple(users)
 
 

@@ -25,6 +25,8 @@ from typing import Final, TypeVar
 from reflex.errors import ConfigError
 
 T = TypeVar("T")
+IntDefault = TypeVar("IntDefault", int, None)
+FloatDefault = TypeVar("FloatDefault", float, None)
 
 KEY_BYTES: Final = 32
 MAX_FILE_BYTES: Final = 16 * 2**20  # about 100,000 users; keeps a mistaken /dev/zero from filling memory
@@ -161,8 +163,11 @@ class Table:
                 parsed.append((place, item))
         return parsed
 
-    def integer(self, key: str, default: int, *, minimum: int, maximum: int) -> int:
-        """The whole number at ``key``, within the bounds (included); true and false are no numbers."""
+    def integer(self, key: str, default: IntDefault, *, minimum: int, maximum: int) -> int | IntDefault:
+        """The whole number at ``key``, within the bounds (included); true and false are no numbers.
+
+        ``default`` is what an absent key means; None where that is no number.
+        """
         expected = f"a whole number from {minimum} to {maximum}"
         if not self._present(key, expected=expected):
             return default
@@ -174,7 +179,15 @@ class Table:
 
     def seconds(self, key: str, default: float, *, minimum: float, maximum: float) -> float:
         """The duration at ``key`` in seconds, whole or not, within the bounds (included)."""
-        expected = f"a number of seconds from {minimum:g} to {maximum:.0f}"
+        return self._number(key, default, f"a number of seconds from {minimum:g} to {maximum:.0f}", minimum, maximum)
+
+    def rate(self, key: str, default: FloatDefault, *, minimum: float, maximum: float) -> float | FloatDefault:
+        """The events in a second at ``key``, whole or not, within the bounds (included)."""
+        return self._number(key, default, f"a number from {minimum:g} to {maximum:.0f}", minimum, maximum)
+
+    def _number(
+        self, key: str, default: FloatDefault, expected: str, minimum: float, maximum: float
+    ) -> float | FloatDefault:
         if not self._present(key, expected=expected):
             return default
         value = self._values[key]
@@ -183,6 +196,14 @@ class Table:
             return float(value)
         self.problem(key, describe(value), expected)
         return default
+
+    def file_path(self, key: str) -> Path | None:
+        """The path at ``key``, made absolute: a relative one starts at the settings file's folder.
+
+        None if it is absent or wrong.
+        """
+        value = self.text(key, _parse_path, expected="the path of a file")
+        return None if value is None else (Path(self._document.name).parent / value).absolute()
 
     def flag(self, key: str, *, default: bool) -> bool:
         """The true or false at ``key``."""
@@ -329,6 +350,12 @@ def parse_key(text: str) -> bytes:
     if len(key) != KEY_BYTES or base64.b64encode(key).decode("ascii") != text:
         raise ValueError
     return key
+
+
+def _parse_path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError
+    return text
 
 
 def describe(value: object, *, hidden: bool = False) -> str:

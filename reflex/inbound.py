@@ -7,6 +7,7 @@
 2. A hello that passed every check is answered in one write with the session's SETTINGS, and the
    connection becomes a :class:`Tunnel`.
 3. Each OPEN on it becomes a :class:`TargetRelay`, which dials the target, answers, and relays.
+   A user that has limits of its own is asked first: :class:`UserLimits`.
 4. Draining: nothing new is accepted, tunnels say GOAWAY and close with their last stream; what is left
    after ``drain_s`` is reset.
 """
@@ -20,12 +21,14 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from reflex.config import HostPort, InboundSettings
 from reflex.errors import DialError, StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.greeting import Door, Greeting
+from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.options import is_loopback, set_options
 from reflex.net.relay import Relay
@@ -40,9 +43,15 @@ from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
-from reflex.worker import WorkerContext
+from reflex.worker import UserTable, WorkerContext
+
+if TYPE_CHECKING:
+    from reflex.usage import MonthlyUsage
 
 log = logging.getLogger(__name__)
+
+METER_INTERVAL_S: Final = 0.5  # how often what users have used of their month is looked at
+METERS_PER_WRITE: Final = 4  # WRITE_INTERVAL_S of reflex.usage, in looks
 
 
 class Inbound:
@@ -76,6 +85,9 @@ class Inbound:
         self._greetings: set[Greeting] = set()
         self._tunnels: set[Tunnel] = set()
         self._relays: set[Relay] = set()
+        self._usage: MonthlyUsage | None = None
+        self._limited: dict[bytes, UserLimits] = {}  # by user id
+        self._meter_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._all_ended = asyncio.Event()
 
@@ -93,6 +105,7 @@ class Inbound:
             on_hello=self._on_hello,
             on_end=self._on_greeting_end,
         )
+        self._start_limits()
         try:
             if self._shared is not None:
                 listen = partial(Listener.of_socket, self._loop, on_accept=self._on_accept)
@@ -102,10 +115,59 @@ class Inbound:
                     self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
         except StartError:
             self._stop_listening()
+            self._stop_metering()
+            if self._usage is not None:
+                await self._usage.close()
             raise
         for listener in self._listeners:
             listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         return [listener.address for listener in self._listeners]
+
+    def _start_limits(self) -> None:
+        """Make what counts for users with limits of their own. Raises StartError."""
+        settings, shared = self._settings, self._shared
+        users = settings.limited_users
+        metered = {str(user.id): user.name for user in users if user.monthly_bytes is not None}
+        if metered and settings.usage_file is not None:
+            try:
+                from reflex.usage import MonthlyUsage  # noqa: PLC0415 - most servers need no SQLite
+            except ImportError as error:
+                raise StartError(f"usage_file: this Python has no SQLite: {error}") from None
+            self._usage = MonthlyUsage(settings.usage_file, metered)
+            self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, METERS_PER_WRITE)
+        table = UserTable(1, len(users)) if shared is None or shared.users is None else shared.users
+        for position, user in enumerate(users):
+            self._limited[user.id.bytes] = UserLimits(
+                self._loop,
+                user.name,
+                str(user.id),
+                table.row(1 if shared is None else shared.number, position),
+                max_tunnels=user.max_tunnels,
+                max_streams=user.max_streams,
+                dials_per_s=user.dials_per_s,
+                bytes_per_s=user.bytes_per_s,
+                monthly_bytes=user.monthly_bytes,
+                max_wait_s=settings.limits.dial_timeout_s,
+                usage=None if user.monthly_bytes is None else self._usage,
+            )
+
+    def _meter(self, until_write: int) -> None:
+        for user in self._limited.values():
+            user.meter()
+        usage = self._usage
+        # Where nothing was counted, a worker still reads what the others wrote, while it has something to judge.
+        judges = self._shared is not None and bool(self._tunnels)
+        if usage is not None and until_write <= 1 and (usage.is_counting or judges):
+            usage.write()
+        until_write = until_write - 1 if until_write > 1 else METERS_PER_WRITE
+        self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, until_write)
+
+    def _stop_metering(self) -> None:
+        if self._meter_timer is not None:
+            self._meter_timer.cancel()
+            self._meter_timer = None
+        for user in self._limited.values():
+            user.meter()
 
     # 1. A connection arrives.
 
@@ -144,6 +206,9 @@ class Inbound:
 
     def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
         self._greetings.discard(greeting)
+        user = self._limited.get(hello.user_id)
+        max_streams = self._settings.limits.max_streams
+        is_allowed = user is None or user.take_tunnel()
         answer = self._pools.server_hellos.acquire()
         try:
             session = Session.server(
@@ -151,9 +216,12 @@ class Inbound:
                 self._pools,
                 time_ms=int(time.time() * 1000),
                 now_s=self._loop.time(),
-                max_streams=self._settings.limits.max_streams,
+                max_streams=max_streams if user is None else user.tunnel_streams(max_streams),
                 budget=self._budget,
             )
+            if not is_allowed:  # in one write with the SETTINGS, so that the client opens no stream first
+                session.go_away(Code.LIMIT)
+                session.close(Code.LIMIT)
             session.seal()
             settings_record = session.output() or memoryview(b"")
             try:
@@ -164,6 +232,8 @@ class Inbound:
                 # A fresh connection that does not take 40 bytes is gone.
                 session.close_buffers()
                 sock.close()
+                if user is not None and is_allowed:
+                    user.give_tunnel()
                 self._on_greeting_end(greeting)
                 return
             session.sent(size - len(answer))
@@ -179,22 +249,26 @@ class Inbound:
             counters=self._counters,
             idle_timeout_s=self._settings.limits.idle_timeout_s,
             label=label,
-            on_end=self._on_tunnel_end,
-            on_open=self._on_open,
-            on_stream_end=self._on_stream_end,
+            on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
+            on_open=self._on_open if user is None else partial(self._on_open, user=user),
+            on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),
         )
         self._tunnels.add(tunnel)
+        if user is not None and is_allowed:
+            user.add(tunnel)
         if rest:
             tunnel.feed(rest)
 
-    def _on_tunnel_end(self, tunnel: Tunnel) -> None:
+    def _on_tunnel_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
         self._tunnels.discard(tunnel)
+        if user is not None:
+            user.remove(tunnel)
         self._publish_connections()
         self._check_all_ended()
 
     # 3. A stream is opened.
 
-    def _on_open(self, tunnel: Tunnel, event: Event) -> None:
+    def _on_open(self, tunnel: Tunnel, event: Event, *, user: UserLimits | None = None) -> None:
         stream, address = event.stream, event.address
         if stream is None:
             return
@@ -203,24 +277,40 @@ class Inbound:
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
             tunnel.stream_ended()
             return
-        relay = TargetRelay(
+        delay_s = 0.0
+        if user is not None:
+            admitted = user.admit(tunnel, stream)
+            if admitted is None:
+                return
+            delay_s = admitted
+        make_relay = TargetRelay if user is None else user.make_relay
+        relay = make_relay(
             self._loop,
             tunnel,
             stream,
             address,
             self._dialling,
             buffers=self._pools.buffers,
-            counters=self._counters,
-            on_end=self._on_relay_end,
+            counters=self._counters if user is None else user.counters,
+            on_end=self._on_relay_end if user is None else partial(self._on_limited_relay_end, user),
+            delay_s=delay_s,
         )
         if not relay.ended:
             self._relays.add(relay)
+            if user is not None:
+                user.relays.add(relay)
 
     def _on_relay_end(self, relay: Relay) -> None:
         self._relays.discard(relay)
         self._check_all_ended()
 
-    def _on_stream_end(self, tunnel: Tunnel) -> None:
+    def _on_limited_relay_end(self, user: UserLimits, relay: Relay) -> None:
+        user.relays.discard(relay)
+        self._on_relay_end(relay)
+
+    def _on_stream_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
+        if user is not None:
+            user.streams_changed()
         if self._is_draining and not tunnel.stream_count:
             tunnel.close(Code.SHUTTING_DOWN)
 
@@ -255,6 +345,9 @@ class Inbound:
             for tunnel in list(self._tunnels):
                 tunnel.close(Code.SHUTTING_DOWN)
             await self._cut_what_lingers()
+        self._stop_metering()
+        if self._usage is not None:
+            await self._usage.close()
         self.report()
 
     async def _cut_what_lingers(self) -> None:
@@ -276,6 +369,9 @@ class Inbound:
             tunnel.cut("stopped")
         for relay in list(self._relays):
             relay.end(reset=True)
+        self._stop_metering()
+        if self._usage is not None:
+            self._usage.close_now()
 
     def report(self) -> None:
         """Log the counters and the pools' figures, as one line of JSON."""
@@ -288,7 +384,8 @@ class Inbound:
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number
-        log.info("statistics: %s", statistics_json(self._counters, self._pools.statistics(), gauges))
+        counters = self._counters.with_all(user.counters for user in self._limited.values())
+        log.info("statistics: %s", statistics_json(counters, self._pools.statistics(), gauges))
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,19 @@ class Counters:
     streams_reset: int = 0
     bytes_into_tunnels: int = 0  # payload
     bytes_out_of_tunnels: int = 0  # payload
+    tunnels_limited: int = 0  # closed at once: over a user's max_tunnels
+    streams_limited: int = 0  # refused: over a user's max_streams, dials_per_s or monthly_bytes
+    dials_delayed: int = 0  # by a user's dials_per_s
+    reads_delayed: int = 0  # by a user's bytes_per_s
 
     def as_dict(self) -> dict[str, int]:
         """Every counter by name."""
         return dataclasses.asdict(self)
+
+    def with_all(self, others: Iterable[Counters]) -> Counters:
+        """The sum of these and others."""
+        everything = [self.as_dict(), *(other.as_dict() for other in others)]
+        return Counters(**{name: sum(each[name] for each in everything) for name in everything[0]})
 
 
 def statistics_json(counters: Counters, pools: Mapping[str, Any], gauges: Mapping[str, int]) -> str:

@@ -59,6 +59,7 @@ from reflex.worker import (
     RemoteReplaySet,
     SharedCount,
     SharedCounts,
+    UserTable,
     WorkerContext,
 )
 
@@ -81,6 +82,7 @@ def run_workers(
     workers: int,
     name: str,
     log_level: str,
+    limited_users: int = 0,
 ) -> int:
     """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
 
@@ -90,6 +92,7 @@ def run_workers(
         workers: how many.
         name: the name of the daemon's logger, such as ``reflex.inbound``.
         log_level: debug, info, warning or error.
+        limited_users: how many users have limits of their own, which hold for all workers together.
 
     Returns:
         0 after a drain that SIGINT or SIGTERM asked for, 1 if a worker died meanwhile, 2 if the daemon could not
@@ -110,7 +113,7 @@ def run_workers(
             _close_all(group)
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
-    return Supervisor(groups, run_worker, log).run()
+    return Supervisor(groups, run_worker, log, limited_users=limited_users).run()
 
 
 @dataclass(slots=True, eq=False)
@@ -135,9 +138,17 @@ class Supervisor:
     Args:
         groups: for each address its listening sockets, as many as there are to be workers; closed in the end.
         run_worker: what a worker does, in its own process; returns its exit code.
+        limited_users: how many users have limits of their own.
     """
 
-    def __init__(self, groups: Sequence[Sequence[socket.socket]], run_worker: RunWorker, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[socket.socket]],
+        run_worker: RunWorker,
+        log: logging.Logger,
+        *,
+        limited_users: int = 0,
+    ) -> None:
         self._slots = [
             _Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)
         ]
@@ -146,6 +157,7 @@ class Supervisor:
         self._log = log
         self._replay = ReplaySet(int(time.time()))
         self._counts = SharedCounts(len(self._slots))
+        self._users = UserTable(len(self._slots), limited_users)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._was_ready = False
@@ -243,6 +255,7 @@ class Supervisor:
                 slot.sockets,
                 RemoteReplaySet(replay, self._counts),
                 SharedCount(self._counts, slot.number),
+                self._users,
             )
             code = self._run_worker(context, ParentControl(control))
         except BaseException:
@@ -307,6 +320,7 @@ class Supervisor:
             pass  # what it said last
         self._drop_channels(slot)
         self._counts[slot.number] = 0
+        self._users.clear(slot.number)
         how = _how_it_ended(code)
         if self._is_stopping:
             if code != EXIT_STOPPED and self._stop_orders < ORDERS_TO_END:

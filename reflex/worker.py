@@ -4,7 +4,8 @@ The parent (:mod:`reflex.supervisor`) makes a :class:`WorkerContext` for each wo
 
 - its own listening sockets, one of a group for each address, among which the kernel spreads the connections;
 - the replay set, which is the parent's and is asked through a socket pair (:class:`RemoteReplaySet`);
-- the other workers' numbers of connections, in shared memory (:class:`SharedCount`).
+- the other workers' numbers of connections, in shared memory (:class:`SharedCount`), and what each of them
+  counts of the users that have limits of their own (:class:`UserTable`).
 
 A worker takes its orders from the parent alone (:class:`ParentControl`): a terminal and a service manager send
 their signals to every process, and what is one order must not look like two. If the parent is gone, the worker
@@ -21,6 +22,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final
 
 from reflex.errors import Replayed
@@ -82,6 +84,68 @@ class SharedCount:
         return self._counts.of_all_workers() - self._counts[self._number]
 
 
+class UserField(IntEnum):
+    """What a worker counts of one user."""
+
+    TUNNELS = 0  # that are open
+    STREAMS = 1  # that are open
+    DIALS = 2  # so far
+    BYTES_UP = 3  # so far, from the tunnels to the targets
+    BYTES_DOWN = 4  # so far, from the targets into the tunnels
+    WAITING_UP = 5  # streams that wait to go on
+    WAITING_DOWN = 6
+    NOTED_MONTH = 7  # the last one whose bytes it said were used up, such as 202611
+
+
+class UserTable:
+    """For each worker and each user a row of numbers, in memory that processes forked off share.
+
+    Each row has one writer, the worker, and each number is written as a whole.
+    """
+
+    def __init__(self, workers: int, users: int) -> None:
+        self._workers = workers
+        self._row_size = len(UserField)
+        self._worker_size = self._row_size * users
+        # Memory of no bytes cannot be mapped; pages that nobody writes to cost nothing.
+        self._values = memoryview(mmap.mmap(-1, COUNT.size * max(1, workers * self._worker_size))).cast("Q")
+
+    def row(self, worker: int, user: int) -> UserRow:
+        """One worker's row of one user; workers count from 1, users from 0."""
+        offsets = [number * self._worker_size + user * self._row_size for number in range(self._workers)]
+        own = offsets.pop(worker - 1)
+        return UserRow(self._values, own, offsets)
+
+    def clear(self, worker: int) -> None:
+        """A worker has ended: its numbers are 0 from now on."""
+        start = (worker - 1) * self._worker_size
+        for index in range(start, start + self._worker_size):
+            self._values[index] = 0
+
+
+class UserRow:
+    """A worker's own numbers of one user, and those of the other workers.
+
+    Who raises a number that has a limit publishes it first and then looks at the sum. Of two workers that race for
+    the last place at least one sees the other's number, so the limit holds; both may see it, and refuse.
+    """
+
+    __slots__ = ("_others", "_own", "_values")
+
+    def __init__(self, values: memoryview, own: int, others: list[int]) -> None:
+        self._values = values
+        self._own = own
+        self._others = others
+
+    def publish(self, field: UserField, value: int) -> None:
+        """The worker's own number is this from now on."""
+        self._values[self._own + field] = value
+
+    def elsewhere(self, field: UserField) -> list[int]:
+        """The other workers' numbers."""
+        return [self._values[offset + field] for offset in self._others]
+
+
 class RemoteReplaySet:
     """The replay set that all workers share, as one of them sees it: each call asks the parent and waits.
 
@@ -121,13 +185,15 @@ class RemoteReplaySet:
 class WorkerContext:
     """What a daemon needs to be one of several workers.
 
-    ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order.
+    ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order. ``users`` are
+    those with limits; None where nobody asked for them.
     """
 
     number: int
     sockets: Sequence[socket.socket]
     replay: RemoteReplaySet
     connections: SharedCount
+    users: UserTable | None = None
 
 
 class ParentControl:

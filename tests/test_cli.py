@@ -340,7 +340,8 @@ def test_daemons_with_workers(
 
     def run(make: Callable[[object], Fake], **more: object) -> int:
         assert make("shared").shared == "shared"
-        assert more == {"listen": [listen], "workers": 2, "name": f"reflex.{name}", "log_level": "info"}
+        expected = {"listen": [listen], "workers": 2, "name": f"reflex.{name}", "log_level": "info"}
+        assert more == {**expected, "limited_users": 1 if name == "inbound" else 0}
         return 7
 
     module = types.ModuleType(f"reflex.{name}")
@@ -349,7 +350,8 @@ def test_daemons_with_workers(
     monkeypatch.setattr("reflex.supervisor.run_workers", run)
     init(tmp_path)
     path = tmp_path / f"{name}.toml"
-    path.write_text(path.read_text().replace("# workers = 1", "workers = 2"))
+    text = path.read_text().replace("# workers = 1", "workers = 2")
+    path.write_text(text.replace("# Limits of its own", "max_tunnels = 5\n#"))
     assert main(["-c", str(path)]) == 7
 
 

@@ -105,6 +105,9 @@ def test_least_inbound_has_the_defaults(tmp_path: Path) -> None:
     assert (limits.idle_timeout_s, limits.drain_s) == (300, 30)
     assert loaded.tcp == TcpSettings(nodelay=True, keepalive_s=600)
     assert loaded.workers == 1
+    assert loaded.usage_file is None
+    assert not user.has_limits
+    assert loaded.limited_users == ()
     assert loaded.warnings == ()
 
 
@@ -298,6 +301,66 @@ def test_files_that_others_can_read(tmp_path: Path) -> None:
     assert load_outbound(write(tmp_path, text, mode=0o644)).warnings == ()
 
 
+# Limits of a user
+
+
+USER_LIMITS = """
+max_tunnels = 2
+max_streams = 50
+dials_per_s = 0.5
+bytes_per_s = 1_048_576
+monthly_bytes = 100_000_000_000
+"""
+
+
+def test_limits_of_a_user(tmp_path: Path) -> None:
+    loaded = load_inbound(write(tmp_path, f'usage_file = "usage.sqlite"{INBOUND}{USER_LIMITS}'))
+    (user,) = loaded.users
+    assert (user.max_tunnels, user.max_streams, user.dials_per_s) == (2, 50, 0.5)
+    assert (user.bytes_per_s, user.monthly_bytes) == (1_048_576, 100_000_000_000)
+    assert loaded.limited_users == (user,)
+
+
+@pytest.mark.parametrize("line", [line for line in USER_LIMITS.split("\n") if line and "month" not in line])
+def test_each_limit_alone_makes_a_user_limited(tmp_path: Path, line: str) -> None:
+    text = f'{INBOUND}{line}\n[[users]]\nname = "bob"\nid = "{ID_2}"\nkey = "{KEY_C}"'
+    loaded = load_inbound(write(tmp_path, text))
+    assert [user.name for user in loaded.limited_users] == ["alice"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("max_tunnels = 0", "the number 0; expected a whole number from 1 to 1000000"),
+        ("max_streams = true", "true; expected a whole number from 1 to 1000000"),
+        ("dials_per_s = 0", "the number 0; expected a number from 0.01 to 1000000"),
+        ("dials_per_s = nan", "the number nan; expected a number from 0.01 to 1000000"),
+        ("bytes_per_s = 1000", "the number 1000; expected a whole number from 1024 to 1000000000000"),
+        ("bytes_per_s = 1e6", "the number 1000000.0; expected a whole number from 1024 to 1000000000000"),
+        ("monthly_bytes = 0", "the number 0; expected a whole number from 1 to 1000000000000000000"),
+    ],
+)
+def test_a_limit_that_is_none(tmp_path: Path, line: str, expected: str) -> None:
+    assert inbound_problem(tmp_path, f"{INBOUND}{line}") == f"users[0].{line.partition(' ')[0]}: {expected}"
+
+
+def test_a_monthly_limit_needs_a_file(tmp_path: Path) -> None:
+    problem = inbound_problem(tmp_path, f"{INBOUND}monthly_bytes = 1")
+    assert problem == "usage_file: nothing; expected the path of a file, because alice has monthly_bytes"
+    for text in ('usage_file = ""', 'usage_file = "a\\u0000b"', "usage_file = 1"):
+        assert inbound_problem(tmp_path, f"{text}{INBOUND}monthly_bytes = 1").startswith("usage_file: the ")
+
+
+def test_the_usage_files_path_starts_at_the_settings_files_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, f'usage_file = "var/usage.sqlite"{INBOUND}')
+    monkeypatch.chdir(tmp_path)
+    assert load_inbound(path.name).usage_file == tmp_path / "var" / "usage.sqlite"
+    path = write(tmp_path, f'usage_file = "/var/lib/usage.sqlite"{INBOUND}')
+    assert load_inbound(path).usage_file == Path("/var/lib/usage.sqlite")
+
+
 # Files as a whole
 
 
@@ -333,7 +396,9 @@ def test_unknown_keys(tmp_path: Path) -> None:
         "tcp.zzz: an unknown key; expected one of keepalive_s, nodelay"
     )
     problem = inbound_problem(tmp_path, f'{INBOUND}"odd \\u001b[31m key" = 1')
-    assert problem.startswith("users[0].'odd \\x1b[31m key': an unknown key; expected one of id, key, name")
+    assert problem.startswith(
+        "users[0].'odd \\x1b[31m key': an unknown key; expected one of bytes_per_s, dials_per_s, "
+    )
     problem = inbound_problem(tmp_path, f"{INBOUND}{'x' * 1000} = 1")
     assert problem.startswith(f"users[0].'{'x' * 40}…': an unknown key;")
 
@@ -659,6 +724,11 @@ KNOWN_KEYS = [
     "tcp",
     "nodelay",
     "keepalive_s",
+    "usage_file",
+    "max_tunnels",
+    "dials_per_s",
+    "bytes_per_s",
+    "monthly_bytes",
 ]
 keys = st.sampled_from(KNOWN_KEYS) | st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=8

@@ -12,6 +12,7 @@ import pytest
 from reflex.errors import TunnelError
 from reflex.net.connector import Connector
 from reflex.net.tunnels import TunnelPool
+from reflex.protocol.wire import Code
 from tests.pair import in_loop, turns, until
 
 
@@ -22,6 +23,8 @@ class FakeTunnel:
     has_room: bool = True
     is_blocked: bool = False
     idle_since_s: float = 0.0
+    ended: bool = False
+    close_code: int | None = None
 
 
 class FakeServer:
@@ -83,6 +86,7 @@ class Office:
             min_idle=min_idle, max_idle=8, idle_timeout_s=60, max_streams=max_streams
         )
         self.made: list[FakeTunnel] = []
+        self.closes_with: int | None = None  # what the server closes new tunnels with, at once
         real_servers: Any = servers
         self.connector = Connector(
             asyncio.get_running_loop(),
@@ -96,6 +100,9 @@ class Office:
     def _make_tunnel(self, server: Any, sock: Any, secrets: Any) -> Any:
         assert sock is secrets is None
         tunnel = FakeTunnel(server)
+        if self.closes_with is not None:
+            tunnel.ended, tunnel.has_room, tunnel.close_code = True, False, self.closes_with
+            return tunnel
         self.pool.add(server, tunnel)
         self.made.append(tunnel)
         return tunnel
@@ -105,6 +112,34 @@ class Office:
         for waiter in waiters:
             self.connector.request(waiter)
         return waiters
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (Code.LIMIT, "the server closed the new tunnel: this user has as many as it may have there"),
+        (Code.NONE, "the new tunnel was closed before it could be used"),
+    ],
+)
+def test_a_tunnel_that_is_closed_at_once_is_a_failure(
+    code: Code, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @in_loop
+    async def run() -> None:
+        server = FakeServer()
+        server.retry_after_s = 3600
+        office = Office(server)
+        office.closes_with = code
+        (waiter,) = office.ask(1)
+        await server.answer()
+        assert waiter.errors == [f"a server: {reason}"]
+        (patient,) = office.ask(1)
+        await turns()
+        assert (server.count, patient.errors) == (1, [])  # it is not asked again at once
+        office.connector.close()
+
+    run()
+    assert [record.getMessage() for record in caplog.records] == [f"a server: {reason}"]
 
 
 @in_loop

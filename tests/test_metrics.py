@@ -54,6 +54,14 @@ def test_counters_start_at_nothing() -> None:
     assert list(Counters().as_dict()) == [field.name for field in dataclasses.fields(Counters)]
 
 
+def test_counters_add_up() -> None:
+    one, two = counters(), counters()
+    total = one.with_all([two, counters()])
+    assert total.as_dict() == {name: 3 * value for name, value in two.as_dict().items()}
+    assert one == two
+    assert one.with_all([]) == one
+
+
 def test_json_is_one_line_that_holds_every_figure() -> None:
     pools = two_pools()
     line = statistics_json(counters(), pools, GAUGES)

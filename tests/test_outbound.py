@@ -421,13 +421,13 @@ async def cutting_pair(cuts: int, door: ListenSettings | None = None) -> AsyncIt
     async with Pair(listen=[door or ListenSettings(address=EPHEMERAL)]) as pair:
         real = pair.inbound._on_open
 
-        def on_open(tunnel: Any, event: Any) -> None:
+        def on_open(tunnel: Any, event: Any, **more: Any) -> None:
             nonlocal left
             if left:
                 left -= 1
                 tunnel.cut("before OPENED")
             else:
-                real(tunnel, event)
+                real(tunnel, event, **more)
 
         pair.inbound._on_open = on_open  # type: ignore[method-assign]
         yield pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -63,7 +64,9 @@ LOOPBACK = TargetPolicy(
 class Dialled:
     """A stream that the remote has opened, and the relay that dials its target."""
 
-    def __init__(self, rig: Rig, ours: Stream, theirs: Stream, address: Address, timeout_s: float) -> None:
+    def __init__(
+        self, rig: Rig, ours: Stream, theirs: Stream, address: Address, timeout_s: float, *, delay_s: float = 0.0
+    ) -> None:
         self.theirs = theirs
         self.ends: list[Relay] = []
         self.relay = TargetRelay(
@@ -75,6 +78,7 @@ class Dialled:
             buffers=rig.pools.buffers,
             counters=rig.counters,
             on_end=self.ends.append,
+            delay_s=delay_s,
         )
 
 
@@ -290,3 +294,52 @@ async def test_early_bytes_that_the_target_does_not_take_at_once_wait_on(
             assert await target.receive(len(data)) == data
             await rig.remote.write(FrameType.DATA, made.theirs.id, b"more")
             assert await target.receive(4) == b"more"
+
+
+# A user's limits
+
+
+@in_loop
+async def test_a_target_that_has_to_wait_is_dialled_in_its_time_and_what_came_meanwhile_is_delivered(
+    pools: Pools,
+) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            for address in (origin.address, Address.of("localhost", origin.port)):
+                ours, theirs = await rig.accept()
+                began_s = rig.loop.time()
+                made = Dialled(rig, ours, theirs, address, DEADLINE_S, delay_s=0.05)
+                made.relay.on_data(held(rig, ours, b"early"))
+                assert origin.is_unvisited
+                await rig.remote.see(EventKind.OPENED, theirs.id)
+                assert rig.loop.time() - began_s >= 0.045  # the loop's clock counts milliseconds
+                target = await origin.accept()
+                assert await target.receive(5) == b"early"
+
+
+@in_loop
+async def test_a_target_that_waits_is_given_up_with_its_stream(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            ours, theirs = await rig.accept()
+            made = Dialled(rig, ours, theirs, origin.address, DEADLINE_S, delay_s=0.01)
+            rig.remote.session.reset(theirs, Code.CANCELLED)
+            await rig.remote.flush()
+            await until(lambda: not rig.session.streams)
+            made.relay.on_reset(Code.CANCELLED)
+            await asyncio.sleep(0.05)
+            assert origin.is_unvisited
+            assert made.ends == [made.relay]
+
+
+@in_loop
+async def test_a_limit_resets_the_stream_and_its_target(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await dialled(rig, origin.address)
+            target = await origin.accept()
+            made.relay.limit_reached()
+            assert (await rig.remote.see(EventKind.RESET, made.theirs.id)).number == Code.LIMIT
+            await target.expect_reset()
+            made.relay.limit_reached()
+            assert made.ends == [made.relay]

@@ -27,6 +27,7 @@ class FakeTunnel:
     has_room: bool = True
     is_blocked: bool = False
     idle_since_s: float = 0.0
+    ended: bool = False
 
 
 class FakeServer:
@@ -62,8 +63,10 @@ class Warm:
         self._opened = asyncio.Event()
 
         def make_tunnel(server: Any, _sock: object, _secrets: object) -> Any:
-            self.pool.add(server, FakeTunnel())
+            tunnel = FakeTunnel()
+            self.pool.add(server, tunnel)
             self._opened.set()
+            return tunnel
 
         loop = asyncio.get_running_loop()
         fakes: Any = servers

@@ -26,6 +26,8 @@ from reflex.worker import (
     RemoteReplaySet,
     SharedCount,
     SharedCounts,
+    UserField,
+    UserTable,
 )
 
 
@@ -48,6 +50,27 @@ def test_counts_are_shared_with_forked_processes() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert SharedCount(counts, 1).elsewhere() == 2**40
+
+
+def test_numbers_of_users_are_shared_with_forked_processes_and_cleared() -> None:
+    table = UserTable(3, 2)
+    rows = [table.row(1, user) for user in (0, 1)]
+    child = os.fork()
+    if not child:
+        table.row(2, 1).publish(UserField.STREAMS, 2**40)
+        table.row(3, 0).publish(UserField.STREAMS, 5)
+        os._exit(0)
+    os.waitpid(child, 0)
+    rows[0].publish(UserField.STREAMS, 1)
+    assert [row.elsewhere(UserField.STREAMS) for row in rows] == [[0, 5], [2**40, 0]]
+    assert table.row(2, 0).elsewhere(UserField.STREAMS) == [1, 5]
+    assert rows[0].elsewhere(UserField.TUNNELS) == [0, 0]
+    table.clear(3)
+    assert [row.elsewhere(UserField.STREAMS) for row in rows] == [[0, 0], [2**40, 0]]
+
+
+def test_a_table_of_no_users_is_none() -> None:
+    UserTable(2, 0).clear(2)
 
 
 class Parent:

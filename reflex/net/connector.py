@@ -20,6 +20,7 @@ from reflex.net.server import Server
 from reflex.net.tunnel import Tunnel
 from reflex.net.tunnels import TunnelPool
 from reflex.protocol.handshake import SessionSecrets
+from reflex.protocol.wire import Code
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +153,16 @@ class Connector:
                 log.warning("%s: %s", server.address, error)
                 reasons.append(f"{server.address}: {error}")
                 continue
-            server.succeeded()
             tunnel = self._make_tunnel(server, sock, secrets)
             if self._wait_settled is not None:
                 await self._wait_settled(tunnel)
+            if tunnel.ended:  # at once: to dial again at once would end in the same
+                server.failed(self._loop.time())
+                reason = _why_ended(tunnel)
+                log.warning("%s: %s", server.address, reason)
+                reasons.append(f"{server.address}: {reason}")
+                continue
+            server.succeeded()
             self.room_was_made()
             return
         if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
@@ -182,3 +189,10 @@ class Connector:
         for task in self._dials:
             task.cancel()
         self._fail_waiting(TunnelError("shutting down"))
+
+
+def _why_ended(tunnel: Tunnel) -> str:
+    """Why a tunnel has ended before anything was opened on it."""
+    if tunnel.close_code == Code.LIMIT:
+        return "the server closed the new tunnel: this user has as many as it may have there"
+    return "the new tunnel was closed before it could be used"

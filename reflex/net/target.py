@@ -16,7 +16,7 @@ from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import AddressType, Status
+from reflex.protocol.wire import AddressType, Code, Status
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class TargetRelay(Relay):
     """A relay whose socket is dialled first. Data that comes before is kept, within the stream's window.
 
     An IP address is connected to from callbacks alone; a name is resolved and raced by a task.
+    ``delay_s`` is how long the target waits until it is dialled.
     """
 
     __slots__ = ("_address", "_attempt", "_dialling", "_task", "_timer")
@@ -52,6 +53,7 @@ class TargetRelay(Relay):
         buffers: TieredPool,
         counters: Counters,
         on_end: Callable[[Relay], None],
+        delay_s: float = 0.0,
     ) -> None:
         super().__init__(loop, tunnel, stream, buffers=buffers, counters=counters, on_end=on_end)
         self._address: Address | None = address
@@ -59,6 +61,14 @@ class TargetRelay(Relay):
         self._attempt: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        if delay_s:
+            self._timer = loop.call_later(delay_s, self._begin, address)
+        else:
+            self._begin(address)
+
+    def _begin(self, address: Address) -> None:
+        loop, dialling = self._loop, self._dialling
+        self._timer = None
         if address.kind == AddressType.NAME:
             self._task = loop.create_task(self._dial(address))
             return
@@ -133,6 +143,10 @@ class TargetRelay(Relay):
             self._counters.streams_refused += 1
             tunnel.stream_ended()
         self.end(reset=False)
+
+    def limit_reached(self) -> None:
+        """The user may not go on: the stream and its target are reset."""
+        self._reset_stream(Code.LIMIT)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

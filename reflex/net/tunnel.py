@@ -106,6 +106,7 @@ class Tunnel:
         "_tick_s",
         "_tick_timer",
         "_waiting",
+        "close_code",
         "draining",
         "ended",
         "flush_is_due",
@@ -150,6 +151,7 @@ class Tunnel:
         self.last_talker: object = None
         self.shared_turns = 0
         self.ended = False
+        self.close_code: int | None = None  # of the peer's CLOSE, once it has come
         self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
         self.idle_since_s = loop.time()
         self._discard_bytes = 0
@@ -242,6 +244,7 @@ class Tunnel:
                     self._on_settings(self.session.peer_time_ms)
             elif kind is EventKind.CLOSED:
                 log.debug("%s: closed by the peer (%s)", self._label, _code_name(event.number))
+                self.close_code = event.number
                 self._finish_end()
             return
         owner: StreamOwner = stream.owner

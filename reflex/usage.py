@@ -1,0 +1,212 @@
+"""What users have used of their month, kept in an SQLite file over restarts.
+
+:class:`UsageFile` is the file: one row for each user and month, to which amounts are added, so that several
+processes may write to it. Its calls block. :class:`MonthlyUsage` counts in memory and has a thread add what was
+counted to the file every few seconds; a process that is killed loses no more than that. Months are UTC's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from reflex.errors import StartError
+
+log = logging.getLogger(__name__)
+
+WRITE_INTERVAL_S: Final = 2.0
+BUSY_TIMEOUT_S: Final = 5.0  # while another process writes, which takes milliseconds
+LAST_WRITE_S: Final = 2.0  # for the last write of a process that ends at once
+COMPLAINT_INTERVAL_S: Final = 60.0
+FILE_MODE: Final = 0o600
+FILE_VERSION: Final = 1
+
+_CREATE: Final = """
+CREATE TABLE IF NOT EXISTS usage (
+    user_id TEXT NOT NULL,
+    month TEXT NOT NULL,
+    name TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (user_id, month)
+)"""
+_ADD: Final = """
+INSERT INTO usage (user_id, month, name, bytes) VALUES (?, ?, ?, ?)
+ON CONFLICT (user_id, month) DO UPDATE SET bytes = bytes + excluded.bytes, name = excluded.name"""
+_READ: Final = "SELECT user_id, bytes FROM usage WHERE month = ?"
+
+Amounts = dict[tuple[str, str], int]  # by user id and month: bytes
+
+
+class UsageFile:
+    """The file. Every call blocks; one at a time, from any thread.
+
+    Args:
+        path: created, for its owner alone, where it is not there.
+        names: of the users by id; written beside the figures, for who reads them.
+
+    Raises:
+        StartError: it cannot be opened or written, or is something else.
+    """
+
+    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
+        self._names = names
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
+            self._database = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise StartError(f"usage_file: cannot open {path}: {_reason(error)}") from None
+        try:
+            self._in_transaction(self._prepare)
+        except sqlite3.Error as error:
+            self._database.close()
+            raise StartError(f"usage_file: cannot write {path}: {_reason(error)}") from None
+
+    def _prepare(self) -> None:
+        self._database.execute(_CREATE)
+        self._database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
+        self._database.execute(_READ, ("",))  # another program's table has other columns
+
+    def add(self, amounts: Amounts, month: str) -> dict[str, int]:
+        """Add the amounts, all or none; return every user's bytes of ``month`` afterwards. Raises sqlite3.Error."""
+        rows = [(user_id, of, self._names[user_id], size) for (user_id, of), size in amounts.items()]
+
+        def add() -> None:
+            self._database.executemany(_ADD, rows)
+
+        if rows:
+            self._in_transaction(add)
+        return dict(self._database.execute(_READ, (month,)))
+
+    def _in_transaction(self, action: Callable[[], None]) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            action()
+            self._database.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
+                self._database.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+
+class MonthlyUsage:
+    """What users have used of this month. All calls from the event loop's thread.
+
+    Args:
+        path: of the file.
+        names: of the users that are counted, by id.
+        clock: seconds since 1970.
+
+    Raises:
+        StartError: as of :class:`UsageFile`.
+    """
+
+    def __init__(self, path: Path, names: Mapping[str, str], *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._path = path
+        self._file = UsageFile(path, names)
+        self._stored_month = self.month
+        self._stored = self._file.add({}, self._stored_month)
+        self._counted: Counter[tuple[str, str]] = Counter()  # and not yet given to the thread
+        self._in_writing: Amounts = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+        self._task: asyncio.Task[None] | None = None
+        self._complained_s = -COMPLAINT_INTERVAL_S
+        self._is_closed = False
+
+    @property
+    def month(self) -> str:
+        """The month that it is, such as 2026-11."""
+        return time.strftime("%Y-%m", time.gmtime(self._clock()))
+
+    @property
+    def next_month(self) -> str:
+        """When the next month begins, for the log."""
+        now = time.gmtime(self._clock())
+        year, month = divmod(now.tm_year * 12 + now.tm_mon, 12)
+        return f"{year}-{month + 1:02}-01 00:00 UTC"
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether anything was counted since the last write."""
+        return bool(self._counted)
+
+    def count(self, user_id: str, size_bytes: int) -> None:
+        """The user has used so many bytes more."""
+        if size_bytes:
+            self._counted[user_id, self.month] += size_bytes
+
+    def used(self, user_id: str) -> int:
+        """What the user has used of this month, bytes; by other processes, as of the last write."""
+        month = self.month
+        stored = self._stored.get(user_id, 0) if month == self._stored_month else 0
+        return stored + self._in_writing.get((user_id, month), 0) + self._counted.get((user_id, month), 0)
+
+    def write(self) -> None:
+        """Have the thread write what was counted, and read what others wrote; nothing while it still does."""
+        if not self._is_closed and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._write())
+
+    async def _write(self) -> None:
+        month = self.month
+        self._in_writing, self._counted = dict(self._counted), Counter()
+        try:
+            stored = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._file.add, self._in_writing, month
+            )
+        except sqlite3.Error as error:
+            self._counted.update(self._in_writing)
+            self._complain(error)
+        else:
+            self._stored, self._stored_month = stored, month
+        self._in_writing = {}
+
+    def _complain(self, error: Exception) -> None:
+        now_s = time.monotonic()
+        if now_s - self._complained_s >= COMPLAINT_INTERVAL_S:
+            self._complained_s = now_s
+            log.error("cannot write the usage file %s: %s; tried again", self._path, _reason(error))
+
+    async def close(self) -> None:
+        """Write what is left, and let go of the file. Nothing may be counted afterwards."""
+        if self._task is not None:
+            await self._task
+        if not self._is_closed:
+            await self._write()
+            self._is_closed = True
+            self._thread.shutdown()
+            self._file.close()
+
+    def close_now(self) -> None:
+        """The same without the loop, in bounded time: for a process that ends at once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        last = self._thread.submit(self._file.add, dict(self._counted), self.month)  # behind one that is under way
+        try:
+            last.result(LAST_WRITE_S)
+        except (sqlite3.Error, TimeoutError) as error:
+            self._complain(error)
+            return
+        finally:
+            self._thread.shutdown(wait=False)
+        self._file.close()
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
