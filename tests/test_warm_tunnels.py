@@ -62,8 +62,10 @@ class Warm:
         self._opened = asyncio.Event()
 
         def make_tunnel(server: Any, _sock: object, _secrets: object) -> Any:
-            self.pool.add(server, FakeTunnel())
+            tunnel = FakeTunnel()
+            self.pool.add(server, tunnel)
             self._opened.set()
+            return tunnel
 
         loop = asyncio.get_running_loop()
         fakes: Any = servers

@@ -13,7 +13,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from reflex.errors import TunnelError
 from reflex.net.server import Server
@@ -22,6 +22,8 @@ from reflex.net.tunnels import TunnelPool
 from reflex.protocol.handshake import SessionSecrets
 
 log = logging.getLogger(__name__)
+
+OF_NO_USE: Final = "the tunnel ended, or took no streams, right after the handshake"
 
 
 class Waiter(Protocol):
@@ -152,10 +154,16 @@ class Connector:
                 log.warning("%s: %s", server.address, error)
                 reasons.append(f"{server.address}: {error}")
                 continue
-            server.succeeded()
             tunnel = self._make_tunnel(server, sock, secrets)
             if self._wait_settled is not None:
                 await self._wait_settled(tunnel)
+            if not tunnel.has_room and not tunnel.stream_count:
+                # Who changes the first record on the way must not make this client dial without a pause.
+                server.failed(self._loop.time())
+                log.warning("%s: %s", server.address, OF_NO_USE)
+                reasons.append(f"{server.address}: {OF_NO_USE}")
+                continue
+            server.succeeded()
             self.room_was_made()
             return
         if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
