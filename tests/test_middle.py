@@ -465,9 +465,9 @@ class Middle(LoopbackServer):
                     passed = data
                     left = None if left is None else left - len(data)
                 else:
+                    self.changes += 1
                     passed = data[:left] + self.change(data[left:])
                     left = None
-                    self.changes += 1
                 sink.sendall(passed)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
@@ -482,12 +482,19 @@ def flip_first_bit(data: bytes) -> bytes:
     return bytes([data[0] ^ 1]) + data[1:]
 
 
+def cut(data: bytes) -> bytes:
+    """FIN comes next, in this direction."""
+    raise ConnectionAbortedError
+
+
 CHANGES: Final[dict[str, Change]] = {
     "a bit is turned": flip_first_bit,
     "a byte is missing": lambda data: data[1:],
     "a byte is added": lambda data: b"\x00" + data,
     "the bytes come twice": lambda data: data + data,
     "the bytes are others": lambda data: os.urandom(len(data)),
+    "a piece is missing": lambda _: b"",
+    "it is cut": cut,
 }
 each_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 
@@ -530,9 +537,23 @@ def test_a_download_that_is_changed_on_the_way_fails_and_what_came_is_right(
     assert content(DOWNLOAD_BYTES).startswith(done.stdout)
 
 
+class Sink(LoopbackServer):
+    """Reads, and answers nothing; ``got`` has what came on each connection."""
+
+    def __init__(self) -> None:
+        self.got: list[bytearray] = []
+        super().__init__()
+
+    def serve(self, sock: socket.socket) -> None:
+        got = bytearray()
+        self.got.append(got)
+        while data := sock.recv(65_536):
+            got += data
+
+
 @each_change
-def test_an_upload_that_is_changed_on_the_way_fails(
-    tmp_path: Path, attacked: tuple[Middle, int], origin: Origin, change: Change
+def test_an_upload_that_is_changed_on_the_way_fails_and_what_came_is_right(
+    tmp_path: Path, attacked: tuple[Middle, int], change: Change
 ) -> None:
     middle, socks_port = attacked
     # What follows is discarded, for up to 30 s or 64 KiB: the middle sends those at once, and the test need not wait.
@@ -540,10 +561,15 @@ def test_an_upload_that_is_changed_on_the_way_fails(
     middle.at, middle.to_server, before = MIB, True, middle.changes
     upload = tmp_path / "upload"
     upload.write_bytes(content(UPLOAD_BYTES))
-    done = curl(socks_port, "--data-binary", f"@{upload}", f"{origin.url}/upload")
+    with Sink() as sink:
+        done = curl(socks_port, "--header", "Expect:", "--data-binary", f"@{upload}", f"http://{sink.address}/")
     assert middle.changes > before
     assert done.returncode in BROKEN_TRANSFER, done.stderr
     assert done.stdout == b""
+    (got,) = sink.got
+    body = bytes(got.partition(b"\r\n\r\n")[2])
+    assert len(body) < UPLOAD_BYTES
+    assert content(UPLOAD_BYTES).startswith(body)
 
 
 @pytest.mark.parametrize("at", [CLIENT_HELLO_SIZE - 1], ids="byte {}".format)
