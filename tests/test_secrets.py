@@ -11,6 +11,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pytest
 
@@ -78,17 +79,31 @@ def texts_of(key: bytes) -> dict[str, str]:
     }
 
 
+Windows = TypeVar("Windows", str, bytes)
+
+
+def windows_of(whole: Windows, size: int) -> set[Windows]:
+    return {whole[at : at + size] for at in range(len(whole) - size + 1)}
+
+
+@functools.cache
+def parts_of(key: bytes) -> tuple[set[bytes], dict[str, set[str]]]:
+    """What is looked for: parts of the bytes, and of each form."""
+    forms = {form: windows_of(written, WINDOW_CHARACTERS) for form, written in texts_of(key).items()}
+    assert all(forms.values())
+    return windows_of(key, WINDOW_BYTES), forms
+
+
 def leaks(shown: str | bytes, *keys: bytes) -> list[str]:
     """The forms in which a part of a key stands in what is shown."""
     raw = shown.encode(errors="surrogateescape") if isinstance(shown, str) else shown
-    text = raw.decode("latin-1")
+    shown_bytes, shown_texts = windows_of(raw, WINDOW_BYTES), windows_of(raw.decode("latin-1"), WINDOW_CHARACTERS)
     found = set()
     for key in keys:
-        found |= {"bytes" for at in range(len(key) - WINDOW_BYTES) if key[at : at + WINDOW_BYTES] in raw}
-        for form, written in texts_of(key).items():
-            size = min(WINDOW_CHARACTERS, len(written))
-            if any(written[at : at + size] in text for at in range(len(written) - size + 1)):
-                found.add(form)
+        key_bytes, forms = parts_of(key)
+        if not shown_bytes.isdisjoint(key_bytes):
+            found.add("bytes")
+        found |= {form for form, texts in forms.items() if not shown_texts.isdisjoint(texts)}
     return sorted(found)
 
 
