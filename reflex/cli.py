@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from reflex import __version__
 from reflex.config import (
+    EXPECTED_USER_NAME,
     HostPort,
     InboundSettings,
     OutboundSettings,
@@ -28,7 +29,7 @@ from reflex.config import (
     load_settings,
     parse_user_name,
 )
-from reflex.config_reader import KEY_BYTES
+from reflex.config_reader import KEY_BYTES, describe
 from reflex.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -427,14 +428,16 @@ def _server_argument(text: str) -> HostPort:
     try:
         return HostPort.parse(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected HOST:PORT, such as vpn.example.org:8443") from None
+        raise argparse.ArgumentTypeError(
+            f"{describe(text)}; expected HOST:PORT, such as vpn.example.org:8443"
+        ) from None
 
 
 def _name_argument(text: str) -> str:
     try:
         return parse_user_name(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected 1 to 64 printable characters") from None
+        raise argparse.ArgumentTypeError(f"{describe(text)}; expected {EXPECTED_USER_NAME}") from None
 
 
 def _print_problems(error: ConfigError) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from reflex.config_reader import Document, Secret, Table
+from reflex.config_reader import Document, Secret, Table, may_hold_key
 from reflex.config_values import (
     EXPECTED_ADDRESS,
     EXPECTED_LISTEN,
@@ -28,6 +28,7 @@ from reflex.errors import ConfigError
 
 __all__ = [
     "CIPHERS",
+    "EXPECTED_USER_NAME",
     "HostPort",
     "InboundLimits",
     "InboundSettings",
@@ -68,7 +69,7 @@ MAX_MONTHLY_BYTES: Final = 10**18  # what SQLite's integers hold, with room to s
 MAX_KEEPALIVE_S: Final = 32_767  # Linux takes no more for TCP_KEEPIDLE
 
 EXPECTED_ID: Final = "a UUID such as b831381d-6324-4d53-ad4f-8cda48b30811"
-EXPECTED_USER_NAME: Final = f"1 to {MAX_USER_NAME_CHARACTERS} printable characters"
+EXPECTED_USER_NAME: Final = f"1 to {MAX_USER_NAME_CHARACTERS} printable characters, and no key"
 EXPECTED_SOCKS: Final = f"1 to {MAX_SOCKS_BYTES} bytes"
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
@@ -237,8 +238,8 @@ def load_settings(path: str | os.PathLike[str]) -> InboundSettings | OutboundSet
 
 
 def parse_user_name(text: str) -> str:
-    """A user's name as it may stand in inbound.toml. Raises ValueError for any other."""
-    if not 1 <= len(text) <= MAX_USER_NAME_CHARACTERS or not text.isprintable():
+    """A user's name as it may stand in inbound.toml, and in the log. Raises ValueError for any other."""
+    if not 1 <= len(text) <= MAX_USER_NAME_CHARACTERS or not text.isprintable() or may_hold_key(text):
         raise ValueError("bad user name")
     return text
 

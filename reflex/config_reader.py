@@ -6,7 +6,8 @@ caller gets a stand-in (None or the default) and reads on, so that a user sees a
 Every key that nobody asked for is a problem too: :meth:`Table.finish` reports them.
 
 A problem says what stands in the file, but never the text of a key, a password or an id (an id is hidden
-because a key that was pasted in its place would be shown).
+because a key that was pasted in its place would be shown). A key may stand in any wrong place: what looks like
+one is never shown either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from reflex.confidential import Confidential
 from reflex.errors import ConfigError
 
 T = TypeVar("T")
@@ -31,17 +33,26 @@ FloatDefault = TypeVar("FloatDefault", float, None)
 KEY_BYTES: Final = 32
 MAX_FILE_BYTES: Final = 16 * 2**20  # about 100,000 users; keeps a mistaken /dev/zero from filling memory
 MAX_KEY_FILE_BYTES: Final = 4_096  # base64 of a key has 44 characters; the rest is room for line ends
-MAX_SHOWN_CHARACTERS: Final = 40  # of a text in a message; less than the 44 of a key in base64
+MAX_SHOWN_CHARACTERS: Final = 40  # of a text in a message
 MAX_GUESSED_CHARACTERS: Final = 64  # longer keys are no typing errors, and would take difflib long
 MAX_SHOWN_BITS: Final = 64  # of a number in a message; str() refuses numbers of thousands of digits
 OTHERS_MASK: Final = 0o077  # the permission bits of everybody but the owner
 EXPECTED_KEY: Final = "base64 of 32 bytes"
 
+# What a key, or most of one, looks like: hexadecimal, or base64 of any kind, which mixes capitals with small
+# letters. A path or a name is seldom so long without a dot and with capitals; if it is, its length is shown instead.
+MIN_KEY_CHARACTERS: Final = 32
+_HEX_RUN: Final = re.compile(rf"[0-9A-Fa-f]{{{MIN_KEY_CHARACTERS},}}", re.ASCII)
+_BASE64_RUN: Final = re.compile(rf"[A-Za-z0-9+/_=-]{{{MIN_KEY_CHARACTERS},}}", re.ASCII)
+
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,40}", re.ASCII)
 
 
-class Secret:
-    """Bytes that no repr, log line or message may show. Equality takes constant time."""
+class Secret(Confidential):
+    """Bytes that no repr, log line, message or pickle may show. Equality takes constant time.
+
+    It cannot be changed, so a copy is itself.
+    """
 
     __slots__ = ("_value",)
 
@@ -60,8 +71,11 @@ class Secret:
     def __hash__(self) -> int:
         return hash(self._value)
 
-    def __repr__(self) -> str:
-        return "Secret(…)"
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
 
 
 class Document:
@@ -89,7 +103,8 @@ class Document:
             line = content.count(b"\n", 0, error.start) + 1
             raise ConfigError([f"{self.name}: line {line}: not UTF-8; expected TOML"]) from None
         except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError; so is an endless number
-            reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "a value that cannot be read"
+            is_told = isinstance(error, tomllib.TOMLDecodeError) and not may_hold_key(str(error))
+            reason = str(error) if is_told else "a value that cannot be read"
             raise ConfigError([f"{self.name}: not valid TOML: {reason}; expected TOML"]) from None
         self.root = Table(self, "", values)
 
@@ -123,7 +138,10 @@ class Table:
 
     def path(self, key: str) -> str:
         """The key path of one of this table's keys, safe to print."""
-        shown = key if _BARE_KEY.fullmatch(key) else repr(_shortened(key))
+        if may_hold_key(key):
+            shown = f"(a name of {len(key)} characters)"
+        else:
+            shown = key if _BARE_KEY.fullmatch(key) else repr(_shortened(key))
         return f"{self.place}.{shown}" if self.place else shown
 
     def problem(self, key: str, found: str, expected: str) -> None:
@@ -358,12 +376,21 @@ def _parse_path(text: str) -> str:
     return text
 
 
+def may_hold_key(text: str) -> bool:
+    """Whether a key may stand in the text, so that it must not be shown."""
+    if _HEX_RUN.search(text):
+        return True
+    return any(run.lower() != run != run.upper() for run in _BASE64_RUN.findall(text))
+
+
 def describe(value: object, *, hidden: bool = False) -> str:
-    """What stands in the file, for a message. ``hidden``: only its kind and length."""
+    """What stands in the file, for a message. ``hidden``, or where it may be a key: only its kind and length."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"a text of {len(value)} characters" if hidden else f"the text {_shortened(value)!r}"
+        return (
+            f"a text of {len(value)} characters" if hidden or may_hold_key(value) else f"the text {_shortened(value)!r}"
+        )
     if isinstance(value, int | float):
         if hidden:
             return "a number"

@@ -26,7 +26,14 @@ from reflex.config import (
     load_outbound,
     load_settings,
 )
-from reflex.config_reader import MAX_FILE_BYTES, MAX_KEY_FILE_BYTES, describe, parse_key
+from reflex.config_reader import (
+    MAX_FILE_BYTES,
+    MAX_KEY_FILE_BYTES,
+    MAX_SHOWN_CHARACTERS,
+    describe,
+    may_hold_key,
+    parse_key,
+)
 from reflex.errors import ConfigError
 
 KEY_A = base64.b64encode(bytes(range(32))).decode()
@@ -205,6 +212,7 @@ def test_secret() -> None:
     assert secret != b"abc"
     assert hash(secret) == hash(Secret(b"abc"))
     assert repr(secret) == str(secret) == f"{secret}" == "Secret(…)"
+    assert copy.copy(secret) is copy.deepcopy(secret) is secret
 
 
 @pytest.mark.parametrize(
@@ -544,8 +552,8 @@ def test_bad_tcp_and_pool(tmp_path: Path) -> None:
 
 BAD_HOSTS = ["", "::1", "-a", "a-", "a..b", ".a", "a.", "a b", "bücher.example", "1.2.3", "256.1.1.1", "0x7f.1", "7"]
 BAD_HOSTS += [
-    "a" * 64,
-    ".".join(["a" * 60] * 5),
+    "x" * 64,
+    ".".join(["x" * 60] * 5),
     "[::1",
     "[",
     "[]",
@@ -674,6 +682,26 @@ def test_open_proxies_are_warned_of(tmp_path: Path, address: str, open_to_all: b
 
 
 # Anything at all
+
+
+@pytest.mark.parametrize("text", [KEY_A, KEY_A[:32], f"a key: {KEY_B}!", bytes(range(32)).hex(), "F00D" * 8])
+def test_what_looks_like_a_key_may_be_one(text: str) -> None:
+    assert may_hold_key(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ID,
+        KEY_A[:31],
+        "/etc/reflex/keys/of/the/server/private.key",
+        "a-long-host-name-of-a-machine-in-the-cellar",
+        "x" * 64,
+    ],
+)
+def test_what_does_not_look_like_a_key_is_shown(text: str) -> None:
+    assert not may_hold_key(text)
+    assert text[:MAX_SHOWN_CHARACTERS] in describe(text)
 
 
 def test_describe_knows_every_kind() -> None:

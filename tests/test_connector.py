@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reflex.errors import TunnelError
-from reflex.net.connector import Connector
+from reflex.net.connector import OF_NO_USE, Connector
 from reflex.net.tunnels import TunnelPool
 from reflex.protocol.wire import Code
 from tests.pair import in_loop, turns, until
@@ -118,7 +118,7 @@ class Office:
     ("code", "reason"),
     [
         (Code.LIMIT, "the server closed the new tunnel: this user has as many as it may have there"),
-        (Code.NONE, "the new tunnel was closed before it could be used"),
+        (Code.NONE, OF_NO_USE),
     ],
 )
 def test_a_tunnel_that_is_closed_at_once_is_a_failure(
@@ -255,6 +255,44 @@ async def test_a_single_server_that_failed_is_tried_again_after_its_delay_and_al
     assert loop.time() >= not_before_s
     assert [len(waiter.tunnels) for waiter in waiters] == [1, 1]
     assert server.count == 2
+
+
+@in_loop
+async def test_a_tunnel_that_is_of_no_use_is_a_failure_of_its_server_and_not_dialled_again_at_once() -> None:
+    """The handshake went well, and somebody on the way has changed what came behind it."""
+    server = FakeServer()
+    server.retry_after_s = 3600
+    office = Office(server)
+
+    async def ended(tunnel: Any) -> None:
+        tunnel.has_room = False
+        office.pool.remove(server, tunnel)
+
+    office.connector._wait_settled = ended
+    waiters = office.ask(3)
+    await server.answer()
+    await server.answer()
+    await turns()
+    assert [waiter.errors for waiter in waiters] == [[f"a server: {OF_NO_USE}"]] * 3
+    assert server.count == 2
+    office.ask(1)
+    await turns()
+    assert server.count == 2
+
+
+@in_loop
+async def test_a_tunnel_that_others_have_filled_meanwhile_is_no_failure() -> None:
+    server = FakeServer()
+    office = Office(server)
+
+    async def filled(tunnel: Any) -> None:
+        tunnel.stream_count, tunnel.has_room = 2, False
+
+    office.connector._wait_settled = filled
+    (waiter,) = office.ask(1)
+    await server.answer()
+    assert waiter.errors == []
+    await until(lambda: server.count == 2)
 
 
 @in_loop

@@ -37,7 +37,14 @@ from tests.vectors import VECTORS
 ROOT: Final = Path(__file__).resolve().parent.parent
 README: Final = ROOT / "README.md"
 PROTOCOL: Final = ROOT / "docs" / "protocol.md"
-DOCUMENTS: Final = (README, PROTOCOL, ROOT / "docs" / "dependencies.md", ROOT / "CHANGELOG.md")
+DOCUMENTS: Final = (
+    README,
+    PROTOCOL,
+    ROOT / "docs" / "dependencies.md",
+    ROOT / "docs" / "security.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+)
 EXAMPLE_TIMEOUT_S: Final = 60
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

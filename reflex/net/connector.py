@@ -13,7 +13,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from reflex.errors import TunnelError
 from reflex.net.server import Server
@@ -23,6 +23,8 @@ from reflex.protocol.handshake import SessionSecrets
 from reflex.protocol.wire import Code
 
 log = logging.getLogger(__name__)
+
+OF_NO_USE: Final = "the tunnel ended, or took no streams, right after the handshake"
 
 
 class Waiter(Protocol):
@@ -156,9 +158,10 @@ class Connector:
             tunnel = self._make_tunnel(server, sock, secrets)
             if self._wait_settled is not None:
                 await self._wait_settled(tunnel)
-            if tunnel.ended:  # at once: to dial again at once would end in the same
+            if not tunnel.has_room and not tunnel.stream_count:
+                # Dialled again at once it would end in the same, and who changes what passes could make it do so.
                 server.failed(self._loop.time())
-                reason = _why_ended(tunnel)
+                reason = _why_of_no_use(tunnel)
                 log.warning("%s: %s", server.address, reason)
                 reasons.append(f"{server.address}: {reason}")
                 continue
@@ -191,8 +194,8 @@ class Connector:
         self._fail_waiting(TunnelError("shutting down"))
 
 
-def _why_ended(tunnel: Tunnel) -> str:
-    """Why a tunnel has ended before anything was opened on it."""
+def _why_of_no_use(tunnel: Tunnel) -> str:
+    """Why nothing can be opened on a tunnel that was made just now."""
     if tunnel.close_code == Code.LIMIT:
         return "the server closed the new tunnel: this user has as many as it may have there"
-    return "the new tunnel was closed before it could be used"
+    return OF_NO_USE

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from cryptography.exceptions import InvalidTag
@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
+from reflex.confidential import Confidential, FrozenConfidential
 from reflex.errors import AuthenticationFailed, ClockSkew, ConfigError, UnsupportedHello
 from reflex.protocol.replay import ReplayMemory
 from reflex.protocol.wire import (
@@ -115,23 +116,42 @@ def derive_psk(user_key: bytes, user_id: bytes) -> bytes:
     return HKDFExpand(_SHA256, KEY_SIZE, PSK_INFO + user_id).derive(user_key)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SessionSecrets:
+class SessionSecrets(FrozenConfidential):
     """What both halves hold after a handshake. Only the suite is shown by ``repr``.
 
     The two roots feed the key schedule of section 3; ``exporter`` is for keys of other uses;
     ``handshake_hash`` is the channel binding, Noise's ``h``. 32 bytes each.
     """
 
+    __slots__ = ("exporter", "handshake_hash", "root_client_to_server", "root_server_to_client", "suite")
+
     suite: Suite
-    root_client_to_server: bytes = field(repr=False)
-    root_server_to_client: bytes = field(repr=False)
-    exporter: bytes = field(repr=False)
-    handshake_hash: bytes = field(repr=False)
+    root_client_to_server: bytes
+    root_server_to_client: bytes
+    exporter: bytes
+    handshake_hash: bytes
+
+    def __init__(
+        self,
+        suite: Suite,
+        root_client_to_server: bytes,
+        root_server_to_client: bytes,
+        exporter: bytes,
+        handshake_hash: bytes,
+    ) -> None:
+        self._set(
+            suite=suite,
+            root_client_to_server=root_client_to_server,
+            root_server_to_client=root_server_to_client,
+            exporter=exporter,
+            handshake_hash=handshake_hash,
+        )
+
+    def __repr__(self) -> str:
+        return f"SessionSecrets(suite={self.suite!r})"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class ClientCredentials:
+class ClientCredentials(FrozenConfidential):
     """What a client knows of a server and of itself, prepared for many handshakes.
 
     Args:
@@ -143,23 +163,27 @@ class ClientCredentials:
         ConfigError: a size is wrong, or no secret can be shared with the server's key (low-order point).
     """
 
+    __slots__ = ("psk", "server_key", "server_public", "user_id")
+
     server_public: bytes
     user_id: bytes
-    user_key: InitVar[bytes]
-    server_key: X25519PublicKey = field(init=False)
-    psk: bytes = field(init=False)
+    server_key: X25519PublicKey
+    psk: bytes
 
-    def __post_init__(self, user_key: bytes) -> None:
-        _check_size("server public key", self.server_public, KEY_SIZE)
+    def __init__(self, server_public: bytes, user_id: bytes, user_key: bytes) -> None:
+        _check_size("server public key", server_public, KEY_SIZE)
         # Whether a point is of low order does not depend on the private key that meets it.
-        if _exchange(X25519PrivateKey.from_private_bytes(b"\x01" * KEY_SIZE), self.server_public) is None:
+        if _exchange(X25519PrivateKey.from_private_bytes(b"\x01" * KEY_SIZE), server_public) is None:
             raise ConfigError(["server public key: a point of low order; expected a server's public key"])
-        object.__setattr__(self, "server_key", X25519PublicKey.from_public_bytes(self.server_public))
-        object.__setattr__(self, "psk", derive_psk(user_key, self.user_id))
+        self._set(
+            server_public=server_public,
+            user_id=user_id,
+            server_key=X25519PublicKey.from_public_bytes(server_public),
+            psk=derive_psk(user_key, user_id),
+        )
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class ServerCredentials:
+class ServerCredentials(FrozenConfidential):
     """A server's key and its users, prepared for many handshakes.
 
     Args:
@@ -170,21 +194,23 @@ class ServerCredentials:
         ConfigError: a size is wrong; the text names the size only.
     """
 
-    private_key: InitVar[bytes]
-    users: InitVar[Mapping[bytes, bytes]]
-    server_public: bytes = field(init=False)
-    server_key: X25519PrivateKey = field(init=False)
-    psks: Mapping[bytes, bytes] = field(init=False)
+    __slots__ = ("psks", "server_key", "server_public")
 
-    def __post_init__(self, private_key: bytes, users: Mapping[bytes, bytes]) -> None:
+    server_public: bytes
+    server_key: X25519PrivateKey
+    psks: Mapping[bytes, bytes]
+
+    def __init__(self, private_key: bytes, users: Mapping[bytes, bytes]) -> None:
         _check_size("server private key", private_key, KEY_SIZE)
         server_key = X25519PrivateKey.from_private_bytes(private_key)
-        object.__setattr__(self, "server_key", server_key)
-        object.__setattr__(self, "server_public", server_key.public_key().public_bytes_raw())
-        object.__setattr__(self, "psks", {user: derive_psk(key, user) for user, key in users.items()})
+        self._set(
+            server_key=server_key,
+            server_public=server_key.public_key().public_bytes_raw(),
+            psks={user: derive_psk(key, user) for user, key in users.items()},
+        )
 
 
-class ClientHandshake:
+class ClientHandshake(Confidential):
     """The client's side of one handshake. The hello is made at once; its answer is read at most once.
 
     Args:
@@ -274,7 +300,7 @@ def accept_hello(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AcceptedHello:
+class AcceptedHello(Confidential):
     """A hello that passed every check: who sent it, and what is needed to answer it once.
 
     ``user_id`` is 16 bytes, ``suite`` the client's choice for the records, ``time_s`` the hello's
@@ -301,7 +327,7 @@ class AcceptedHello:
         return self._transcript.split(self.suite)
 
 
-class _Transcript:
+class _Transcript(Confidential):
     """Noise's SymmetricState (revision 34, section 5.2), with the token runs of this one pattern.
 
     Noise's HKDF is RFC 5869's with an empty info.

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from reflex.confidential import Confidential
 from reflex.errors import RecordError
 from reflex.protocol.wire import (
     KEY_INFO,
@@ -34,7 +35,7 @@ def next_root(root: bytes) -> bytes:
     return HKDFExpand(SHA256(), KEY_SIZE, NEXT_INFO).derive(root)
 
 
-class CipherState:
+class CipherState(Confidential):
     """Seals, or opens, the records of one direction, in order; moves to the next key by itself.
 
     Args:
