@@ -34,6 +34,7 @@ from reflex.net.options import is_loopback, set_options
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
+from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event
@@ -90,6 +91,7 @@ class Inbound:
         self._meter_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._all_ended = asyncio.Event()
+        self._trimmer = Trimmer(self._loop, self._pools.buffers)
 
     async def start(self) -> Sequence[str]:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
@@ -345,6 +347,7 @@ class Inbound:
             for tunnel in list(self._tunnels):
                 tunnel.close(Code.SHUTTING_DOWN)
             await self._cut_what_lingers()
+        self._trimmer.stop()
         self._stop_metering()
         if self._usage is not None:
             await self._usage.close()
@@ -363,6 +366,7 @@ class Inbound:
     def abort(self) -> None:
         """End everything at once."""
         self._stop_listening()
+        self._trimmer.stop()
         for greeting in list(self._greetings):
             greeting.end(reset=True)
         for tunnel in list(self._tunnels):

@@ -30,6 +30,7 @@ from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.server import Server
+from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.net.tunnels import TunnelPool
 from reflex.protocol.address import Address
@@ -81,6 +82,7 @@ class Outbound:
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._all_ended = asyncio.Event()
+        self._trimmer = Trimmer(self._loop, self._pools.buffers)
 
     def _server(self, server: ServerSettings, position: int) -> Server:
         try:
@@ -269,6 +271,7 @@ class Outbound:
         log.info("statistics: %s", statistics_json(self._counters, self._pools.statistics(), gauges))
 
     def _stop_listening(self) -> None:
+        self._trimmer.stop()
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
             self._expiry_timer = None

@@ -33,8 +33,10 @@ from reflex.errors import ForeignBuffer, PoolError, WrongSize
 T = TypeVar("T")
 
 TIER_SIZES: Final = (2_048, 8_192, 32_768, 131_072)
-# What each tier may keep free: about 2, 2, 4 and 8 MiB, enough for the burst of one loop turn.
-TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 128, 131_072: 64}
+# What each tier may keep free: 2, 2, 8 and 32 MiB, enough for a stream of the largest window whose reader is late.
+TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 256, 131_072: 256}
+# What is kept of it when nothing was needed for a while (see Pool.trim): 128 KiB, 128 KiB, 256 KiB and 1 MiB.
+TIER_SPARE: Final = {2_048: 64, 8_192: 16, 32_768: 8, 131_072: 8}
 HOLDER_FRAMES: Final = 8  # call frames that the debug switch keeps of a holder
 
 _debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
@@ -94,6 +96,7 @@ class Pool(Generic[T]):
         "_lock",
         "_make",
         "_misses",
+        "_peak",
         "_released",
         "_roomy_below",
         "max_free",
@@ -114,7 +117,8 @@ class Pool(Generic[T]):
         self._created = preallocate
         self._misses = 0
         self._released = 0
-        self._high_water = 0
+        self._high_water = 0  # until the last trim
+        self._peak = 0  # since then: the most that was lent at once
         # Below half its bound the free list takes returns without the lock: as many threads as the
         # other half would have to be between their look at its length and their append to pass it.
         self._roomy_below = max_free // 2
@@ -129,9 +133,9 @@ class Pool(Generic[T]):
             item = self._create()
         lent = self._lent
         lent[id(item)] = item
-        if len(lent) > self._high_water:
+        if len(lent) > self._peak:
             with self._lock:
-                self._high_water = max(self._high_water, len(lent))
+                self._peak = max(self._peak, len(lent))
         return item
 
     def _create(self) -> T:
@@ -145,6 +149,22 @@ class Pool(Generic[T]):
     def in_use(self) -> int:
         """How many objects are lent now."""
         return len(self._lent)
+
+    def trim(self, spare: int = 0) -> int:
+        """Give to the allocator what has not been needed since the last trim, but for ``spare`` objects.
+
+        To be called every so often. What a burst has left goes with the second call after it.
+
+        Returns:
+            How many objects that were.
+        """
+        with self._lock:
+            keep = max(self._peak - len(self._lent), spare)
+            surplus = max(len(self._free) - keep, 0)
+            del self._free[:surplus]  # those that were returned first, and are the coldest
+            self._high_water = max(self._high_water, self._peak)
+            self._peak = len(self._lent)
+        return surplus
 
     def statistics(self) -> PoolStatistics:
         """A snapshot of the pool's figures."""
@@ -161,7 +181,7 @@ class Pool(Generic[T]):
                 hit_rate=hits / acquired if acquired else 0.0,
                 in_use=in_use,
                 free=len(self._free),
-                high_water=self._high_water,
+                high_water=max(self._high_water, self._peak),
             )
 
     def record_holders(self) -> None:
@@ -309,6 +329,11 @@ class TieredPool:
     def tier(self, size_bytes: int) -> BufferPool:
         """The pool of exactly this size, for callers that always need the same tier."""
         return self._by_size[size_bytes]
+
+    def trim(self) -> None:
+        """Give to the allocator what no tier has needed since the last trim, but for a few of each."""
+        for pool in self._tiers:
+            pool.trim(TIER_SPARE[pool.size_bytes])
 
     @property
     def in_use(self) -> int:

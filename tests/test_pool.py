@@ -22,6 +22,7 @@ from reflex.errors import ForeignBuffer, PoolError, WrongSize
 from reflex.pool import (
     TIER_MAX_FREE,
     TIER_SIZES,
+    TIER_SPARE,
     BufferPool,
     ObjectPool,
     Pool,
@@ -504,6 +505,37 @@ def test_each_tier_keeps_what_its_limit_says() -> None:
     assert {TieredPool(7).tier(size).max_free for size in TIER_SIZES} == {7}
     limits = dict(zip(TIER_SIZES, itertools.count(1), strict=False))
     assert {size: TieredPool(limits).tier(size).max_free for size in TIER_SIZES} == limits
+
+
+def test_trimming_leaves_what_was_needed_since_the_last_time() -> None:
+    pool = BufferPool(100, 50, preallocate=10)
+    burst = [pool.acquire() for _ in range(30)]
+    kept, rest = burst[0], burst[1:]
+    for buffer in rest:
+        pool.release(buffer)
+    assert pool.trim() == 0, "all 30 were needed at once a moment ago"
+    assert (pool.statistics().free, pool.statistics().high_water) == (29, 30)
+    twin = pool.acquire()
+    pool.release(twin)
+    assert pool.trim(spare=3) == 26, "one more than is lent was needed since; three are spared"
+    assert (pool.statistics().free, pool.statistics().high_water) == (3, 30)
+    assert pool.trim() == 3
+    pool.release(kept)
+    assert pool.trim() == 0, "it was lent a moment ago"
+    assert pool.trim() == 1
+    assert pool.statistics().free == 0
+    with pytest.raises(ForeignBuffer):
+        pool.release(twin)
+
+
+def test_every_tier_is_trimmed_to_what_it_may_spare() -> None:
+    pool = TieredPool()
+    for size in TIER_SIZES:
+        for buffer in [pool.acquire(size) for _ in range(TIER_SPARE[size] + 5)]:
+            pool.release(buffer)
+    pool.trim()
+    pool.trim()
+    assert {size: pool.tier(size).statistics().free for size in TIER_SIZES} == TIER_SPARE
 
 
 def test_a_tiered_pool_of_nothing_allocates_every_time() -> None:

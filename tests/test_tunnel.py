@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 
@@ -307,6 +308,22 @@ async def test_a_protocol_error_among_those_bytes_is_fatal(pools: Pools) -> None
     rig.tunnel._end_discarding()
     rig.remote.end.close()
     rig.remote.session.close_buffers()
+
+
+@in_loop
+async def test_a_mistake_of_ours_is_a_lost_connection_and_not_a_hang(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        with patch.object(Session, "events", side_effect=LookupError("a mistake")):
+            rig.remote.session.send(theirs, b"x")
+            await rig.remote.flush()
+            await until(lambda: rig.tunnel.ended)
+        assert owner.told == [("reset", Code.CANCELLED)]
+        assert rig.counters.tunnels_lost == 1
+    assert "internal error" in caplog.text
+    assert "a mistake" in caplog.text
 
 
 # Into the tunnel, and its back-pressure

@@ -192,6 +192,14 @@ class Tunnel:
         self._after_events()
 
     def _on_readable(self) -> None:
+        try:
+            self._read()
+        except Exception:
+            # A mistake of ours: the peer and every relay see a lost connection, and nobody waits for ever.
+            log.exception("%s: internal error", self._label)
+            self.cut("internal error")
+
+    def _read(self) -> None:
         session = self.session
         session.now_s = self._loop.time()
         for _ in range(READS_PER_TURN):
