@@ -27,6 +27,7 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.greeting import Door, Greeting
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
@@ -37,6 +38,7 @@ from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
+from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
 from reflex.worker import WorkerContext
@@ -58,7 +60,9 @@ class Inbound:
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
-        self._budget = Budget()
+        self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
+        self._shares = {user.id.bytes: Share(self._budget) for user in settings.users}
+        self._pressure = Pressure(self._budget, "new streams are refused")
         self._names = {user.id.bytes: user.name for user in settings.users}
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
@@ -148,7 +152,7 @@ class Inbound:
                 time_ms=int(time.time() * 1000),
                 now_s=self._loop.time(),
                 max_streams=self._settings.limits.max_streams,
-                budget=self._budget,
+                share=self._shares[hello.user_id],
             )
             session.seal()
             settings_record = session.output() or memoryview(b"")
@@ -197,6 +201,11 @@ class Inbound:
         if address is None:
             self._counters.streams_refused += 1
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
+            tunnel.stream_ended()
+            return
+        if self._pressure.is_high():
+            self._counters.streams_refused += 1
+            tunnel.session.reset(stream, Code.LIMIT)
             tunnel.stream_ended()
             return
         relay = TargetRelay(
@@ -280,7 +289,9 @@ class Inbound:
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "greetings": len(self._greetings),
             "replay_keys": len(self._replay),
-            "buffered_bytes": self._budget.buffered,
+            "buffered_bytes": self._budget.kept,
+            "look_ups": self._dialling.resolver.running,
+            "look_ups_waiting": self._dialling.resolver.waiting,
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -30,6 +30,8 @@ from reflex.net import dial
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.pressure import Pressure
+from reflex.net.resolver import Resolver
 from reflex.net.server import Server
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.net.tunnels import TunnelPool
@@ -37,6 +39,7 @@ from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, SessionSecrets
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
+from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Suite
 from reflex.worker import WorkerContext
@@ -61,7 +64,10 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
-        self._budget = Budget()
+        self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
+        self._share = Share(self._budget)
+        self._pressure = Pressure(self._budget, "local connections are refused")
+        self._resolver = Resolver()
         self._tunnels: TunnelPool[Tunnel] = TunnelPool(
             min_idle=settings.pool.min_idle,
             max_idle=settings.pool.max_idle,
@@ -97,6 +103,7 @@ class Outbound:
             handshake_timeout_s=self._settings.limits.handshake_timeout_s,
             nodelay=self._settings.tcp.nodelay,
             keepalive_s=self._settings.tcp.keepalive_s,
+            resolver=self._resolver,
         )
 
     async def start(self) -> Sequence[str]:
@@ -131,6 +138,7 @@ class Outbound:
             greeting_timeout_s=self._settings.limits.handshake_timeout_s,
             target=target,
             credentials=credentials,
+            pressure=self._pressure,
             on_end=self._on_visitor_end,
         )
         return partial(self._on_accept, door)
@@ -173,7 +181,7 @@ class Outbound:
             self._pools,
             time_ms=int(time.time() * 1000),
             now_s=self._loop.time(),
-            budget=self._budget,
+            share=self._share,
         )
         tunnel = Tunnel(
             self._loop,
@@ -267,7 +275,7 @@ class Outbound:
             "tunnels": len(self._tunnels),
             "idle_tunnels": self._tunnels.idle_count(),
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
-            "buffered_bytes": self._budget.buffered,
+            "buffered_bytes": self._budget.kept,
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

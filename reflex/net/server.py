@@ -7,11 +7,13 @@ import logging
 import secrets
 import socket
 import time
+from functools import partial
 from typing import Final
 
 from reflex.errors import AuthenticationFailed, DialError, TunnelError
 from reflex.net.clock import ask_date
 from reflex.net.dial import dial
+from reflex.net.resolver import Resolver
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, ClientHandshake, SessionSecrets
 from reflex.protocol.pools import Pools
@@ -35,6 +37,7 @@ class Server:
         pools: where the hellos' buffers are borrowed.
         connect_timeout_s: for the TCP connection.
         handshake_timeout_s: for the server's answer.
+        resolver: for its name; every server has its share of the threads.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Server:
         handshake_timeout_s: float,
         nodelay: bool,
         keepalive_s: int,
+        resolver: Resolver | None = None,
     ) -> None:
         self.address = address
         self._credentials = credentials
@@ -57,6 +61,7 @@ class Server:
         self._handshake_timeout_s = handshake_timeout_s
         self._nodelay = nodelay
         self._keepalive_s = keepalive_s
+        self._resolver = resolver or Resolver()
         self._failures = 0
         self.not_before_s = 0.0  # loop time of the next attempt
         self._clock_shift_s = 0  # what is added to this machine's clock for a hello
@@ -132,6 +137,7 @@ class Server:
                 timeout_s=self._connect_timeout_s,
                 nodelay=self._nodelay,
                 keepalive_s=self._keepalive_s,
+                look_up=partial(self._resolver.resolve, self),
             )
         except DialError as error:
             raise TunnelError(f"cannot connect to the server: {error}") from None
@@ -177,7 +183,11 @@ class Server:
 
     async def _shift_by_date(self) -> int | None:
         """How far the server's clock is ahead of ours, by its web server's Date; None where it tells none."""
-        date_s = await ask_date(self.address, timeout_s=min(3.0, self._connect_timeout_s))
+        date_s = await ask_date(
+            self.address,
+            timeout_s=min(3.0, self._connect_timeout_s),
+            look_up=partial(self._resolver.resolve, self),
+        )
         return None if date_s is None else date_s - int(time.time())
 
     def learn_time(self, peer_time_ms: int) -> None:
