@@ -98,11 +98,15 @@ class Inbound:
         )
         try:
             if self._shared is not None:
-                listen = partial(Listener.of_socket, self._loop, on_accept=self._on_accept)
+                listen = partial(
+                    Listener.of_socket, self._loop, on_accept=self._on_accept, on_pause=self._on_accept_pause
+                )
                 self._listeners += map(listen, self._shared.sockets)
             else:
                 for address in settings.listen:
-                    self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
+                    self._listeners.append(
+                        Listener(self._loop, address.host, address.port, self._on_accept, self._on_accept_pause)
+                    )
         except StartError:
             self._stop_listening()
             raise
@@ -125,6 +129,9 @@ class Inbound:
         assert self._door is not None  # noqa: S101  # start() made it before it listened
         self._greetings.add(Greeting(self._door, sock, peer))
         self._publish_connections()
+
+    def _on_accept_pause(self) -> None:
+        self._counters.accept_pauses += 1
 
     def _connections(self) -> int:
         """How many there are, in all workers."""
@@ -290,6 +297,7 @@ class Inbound:
             "greetings": len(self._greetings),
             "replay_keys": len(self._replay),
             "buffered_bytes": self._budget.kept,
+            "buffered_bytes_high_water": self._budget.high_water,
             "look_ups": self._dialling.resolver.running,
             "look_ups_waiting": self._dialling.resolver.waiting,
         }

@@ -17,6 +17,7 @@ class Counters:
 
     connections_accepted: int = 0
     connections_refused: int = 0  # over max_connections, or for want of memory
+    accept_pauses: int = 0  # for want of descriptors or memory
     handshakes_completed: int = 0
     handshakes_failed: int = 0
     fallbacks: int = 0  # connections given to the web server

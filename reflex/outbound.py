@@ -112,9 +112,13 @@ class Outbound:
             for position, listen in enumerate(self._settings.listen):
                 on_accept = self._accepter(listen)
                 if self._shared is not None:
-                    listener = Listener.of_socket(self._loop, self._shared.sockets[position], on_accept)
+                    listener = Listener.of_socket(
+                        self._loop, self._shared.sockets[position], on_accept, self._on_accept_pause
+                    )
                 else:
-                    listener = Listener(self._loop, listen.address.host, listen.address.port, on_accept)
+                    listener = Listener(
+                        self._loop, listen.address.host, listen.address.port, on_accept, self._on_accept_pause
+                    )
                 self._listeners.append(listener)
         except StartError:
             self._stop_listening()
@@ -158,6 +162,9 @@ class Outbound:
         if not visitor.ended:
             self._visitors.add(visitor)
             self._publish_connections()
+
+    def _on_accept_pause(self) -> None:
+        self._counters.accept_pauses += 1
 
     def _connections(self) -> int:
         """How many there are, in all workers."""
@@ -276,6 +283,7 @@ class Outbound:
             "idle_tunnels": self._tunnels.idle_count(),
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "buffered_bytes": self._budget.kept,
+            "buffered_bytes_high_water": self._budget.high_water,
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -16,7 +16,16 @@ import uvloop
 
 from reflex.errors import DialError
 from reflex.net import dial as dial_module
-from reflex.net.dial import begin_connect, dial, finish_connect, is_connected, resolve, set_options, status_of
+from reflex.net.dial import (
+    begin_connect,
+    dial,
+    finish_connect,
+    is_connected,
+    is_own_fault,
+    resolve,
+    set_options,
+    status_of,
+)
 from reflex.net.resolver import AddrInfo
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
@@ -394,6 +403,21 @@ def test_begin_without_a_free_descriptor(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DialError) as caught:
         begin_connect(Address(V4, "127.0.0.1", 80))
     assert caught.value.status == Status.GENERAL_FAILURE
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_ours"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.ENFILE, "Too many open files in system"), True),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), False),
+        (None, False),
+    ],
+)
+def test_whose_fault_a_failure_is(cause: OSError | None, is_ours: bool) -> None:  # noqa: FBT001  pytest passes it by name
+    error = DialError(Status.GENERAL_FAILURE, "failed")
+    error.__cause__ = cause
+    assert is_own_fault(error) is is_ours
 
 
 def test_begin_takes_no_names() -> None:

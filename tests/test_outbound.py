@@ -547,7 +547,14 @@ async def test_draining_lets_running_connections_end_and_reports(caplog: pytest.
             await until(lambda: pair.tunnels == 0)
             assert pair.inbound._counters.tunnels_lost == 0
     found = statistics(caplog, "reflex.outbound")
-    assert found["gauges"] == {"connections": 0, "tunnels": 0, "idle_tunnels": 0, "streams": 0, "buffered_bytes": 0}
+    assert found["gauges"] == {
+        "connections": 0,
+        "tunnels": 0,
+        "idle_tunnels": 0,
+        "streams": 0,
+        "buffered_bytes": 0,
+        "buffered_bytes_high_water": 0,
+    }
     assert found["counters"]["bytes_into_tunnels"] == 8
     assert found["counters"]["bytes_out_of_tunnels"] == 4
     assert found["pools"]["2048"]["in_use"] == 0

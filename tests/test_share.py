@@ -39,6 +39,7 @@ def test_what_is_reserved_is_counted_and_what_is_given_back_is_not() -> None:
     one.give_back(4)
     two.give_back(20)
     assert (one.kept_bytes, alice.kept, budget.kept) == (6, 6, 76)
+    assert budget.high_water == 100
     one.give_back(6)
     three.give_back(70)
     assert budget.kept == 0

@@ -45,6 +45,9 @@ _STATUS_OF_ERRNO: Final = {
     errno.EAFNOSUPPORT: Status.ADDRESS_TYPE_NOT_SUPPORTED,  # a machine without IPv6
 }
 
+# What this machine has run out of; nobody else's fault, and over as soon as something is closed here.
+OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
 # Where several addresses failed in different ways, the one that says most of the target speaks for all:
 # a refusal came from the target itself, while an unreachable network may only be a missing route for IPv6.
 _MOST_TELLING_FIRST: Final = (
@@ -233,6 +236,12 @@ def status_of(error: BaseException) -> Status:
     if isinstance(error, OSError) and error.errno is not None:
         return _STATUS_OF_ERRNO.get(error.errno, Status.GENERAL_FAILURE)
     return Status.GENERAL_FAILURE
+
+
+def is_own_fault(error: DialError) -> bool:
+    """Whether dialling failed because this machine has run out of something."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in OUT_OF_RESOURCES
 
 
 async def _allowed_infos(address: Address, policy: TargetPolicy | None, look_up: LookUp) -> list[AddrInfo]:

@@ -134,7 +134,9 @@ class Resolver:
             del self._running[job.owner]
         if not job.future.done():
             if isinstance(outcome, Exception):
-                job.future.set_exception(failure(job.host, outcome))
+                error = failure(job.host, outcome)
+                error.__cause__ = outcome
+                job.future.set_exception(error)
             else:
                 job.future.set_result(outcome)
         self._start_waiting()

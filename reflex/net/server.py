@@ -12,7 +12,7 @@ from typing import Final
 
 from reflex.errors import AuthenticationFailed, DialError, TunnelError
 from reflex.net.clock import ask_date
-from reflex.net.dial import dial
+from reflex.net.dial import dial, is_own_fault
 from reflex.net.resolver import Resolver
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, ClientHandshake, SessionSecrets
@@ -63,6 +63,7 @@ class Server:
         self._keepalive_s = keepalive_s
         self._resolver = resolver or Resolver()
         self._failures = 0
+        self._is_own_fault = False  # that the last attempt failed
         self.not_before_s = 0.0  # loop time of the next attempt
         self._clock_shift_s = 0  # what is added to this machine's clock for a hello
 
@@ -74,9 +75,14 @@ class Server:
         self.not_before_s = 0.0
 
     def failed(self, now_s: float) -> None:
-        """It did not: the next attempt waits, longer each time, and not in step with other clients'."""
-        delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
-        self._failures = min(self._failures + 1, 16)
+        """It did not: the next attempt waits, longer each time, and not in step with other clients'.
+
+        Where this machine had no descriptor left, the server is not to blame, and waiting longer helps nobody.
+        """
+        delay_s = FIRST_DELAY_S
+        if not self._is_own_fault:
+            delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
+            self._failures = min(self._failures + 1, 16)
         self.not_before_s = now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000)
 
     # Making a tunnel.
@@ -140,7 +146,9 @@ class Server:
                 look_up=partial(self._resolver.resolve, self),
             )
         except DialError as error:
+            self._is_own_fault = is_own_fault(error)
             raise TunnelError(f"cannot connect to the server: {error}") from None
+        self._is_own_fault = False
         try:
             async with asyncio.timeout(self._handshake_timeout_s):
                 return sock, await self._shake_hands(sock)

@@ -63,6 +63,7 @@ class Share:
         keeper.kept_bytes += size_bytes
         self.kept += size_bytes
         budget.kept += size_bytes
+        budget.high_water = max(budget.high_water, budget.kept)
         return True
 
     def give_back(self, keeper: Keeper, size_bytes: int) -> None:

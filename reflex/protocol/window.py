@@ -38,10 +38,11 @@ class Budget:
         buffered: received bytes that the application has, and has not consumed.
         kept: bytes of memory in which some of those wait (:mod:`reflex.protocol.share`); never above
             ``buffered_limit``.
+        high_water: the most that ``kept`` ever was.
         shares: those that keep anything.
     """
 
-    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit", "kept", "shares")
+    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit", "high_water", "kept", "shares")
 
     def __init__(self, *, buffered_limit: int = BUFFER_BUDGET, growth_limit: int | None = None) -> None:
         self.growth = 0
@@ -49,6 +50,7 @@ class Budget:
         self.buffered = 0
         self.buffered_limit = buffered_limit
         self.kept = 0
+        self.high_water = 0
         self.shares: dict[Share, None] = {}
 
     @property
