@@ -65,7 +65,7 @@ class Outbound:
         self._pools = Pools()
         self._counters = Counters()
         self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
-        self._share = Share(self._budget)
+        self._share = Share(self._budget, is_whole=True)
         self._pressure = Pressure(self._budget, "local connections are refused")
         self._resolver = Resolver()
         self._tunnels: TunnelPool[Tunnel] = TunnelPool(

@@ -20,6 +20,7 @@ import pytest
 from tests.processes import (
     EchoServer,
     Keys,
+    LoopbackServer,
     Process,
     SocksReplyError,
     cpu_seconds,
@@ -274,15 +275,14 @@ def test_slow_readers_of_one_user_get_a_share_of_the_servers_memory_and_others_g
             echo(running)
             sockets = open_streams(ports[0], slow, 120, stack)
             assert len(sockets) == 120
-            sent = sum(threads.map(lambda sock: send_while_taken(sock, 2 * MIB), sockets))
-            assert sent > 2 * LIMIT_BYTES
-            gauges = statistics(server)["gauges"]
+            sending = [threads.submit(send_while_taken, sock, 2 * MIB) for sock in sockets]
             # Half of it, and what had credit already: a first window for each of 8 tunnels.
-            assert LIMIT_BYTES / 2 <= gauges["buffered_bytes"] <= LIMIT_BYTES
+            assert eventually(lambda: statistics(server)["gauges"]["buffered_bytes"] >= LIMIT_BYTES / 2)
             for size in (5, 3 * MIB):
                 pass_on(running, size, threads)  # who reads is served
             with socks_connect(ports[1], "127.0.0.1", target.port) as sock:
                 echo(sock)
+            assert sum(each.result(BOUND_S) for each in sending) > 2 * LIMIT_BYTES
         found = statistics(server)
         print("\nserver grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
         assert found["gauges"]["buffered_bytes_high_water"] <= LIMIT_BYTES
@@ -321,3 +321,61 @@ def test_where_more_arrives_than_fits_streams_that_keep_most_are_reset_and_other
         assert eventually(lambda: statistics(server)["gauges"]["buffered_bytes"] == 0, within_s=BOUND_S)
         with socks_connect(ports[1], "127.0.0.1", target.port) as sock:
             echo(sock)
+
+
+# The same for the client's local connections; its tunnels get them as well.
+SMALL_LOCAL_SEND_BUFFERS = """
+import socket
+from reflex.net import dial
+_set_options = dial.set_options
+def _set_small(sock, **options):
+    _set_options(sock, **options)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+dial.set_options = _set_small
+"""
+
+
+class Pouring(LoopbackServer):
+    """Sends without end."""
+
+    def serve(self, sock: socket.socket) -> None:
+        block = bytes(65_536)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                sock.sendall(block)
+
+
+def test_applications_that_do_not_read_get_a_share_of_the_clients_memory_and_others_go_on(tmp_path: Path) -> None:
+    keys = Keys.generate()
+    limit_bytes = 16 * MIB  # less than the windows of 120 streams
+    with (
+        Pouring() as origin,
+        EchoServer() as target,
+        start_inbound(tmp_path, keys) as server,
+        ThreadPoolExecutor(4) as threads,
+        contextlib.ExitStack() as stack,
+        start_outbound(
+            tmp_path,
+            keys,
+            server.wait_ready()[0][1],
+            {"limits": {"buffered_bytes": limit_bytes}, "pool": {"max_streams": 16}},
+            prelude=SMALL_LOCAL_SEND_BUFFERS,
+        ) as client,
+    ):
+        port = client.wait_ready()[0][1]
+        with socks_connect(port, "127.0.0.1", target.port) as running, Pss(client) as memory:
+            echo(running)
+            sockets = open_streams(port, origin.port, 120, stack)
+            assert eventually(lambda: statistics(client)["gauges"]["buffered_bytes"] > 0.9 * limit_bytes)
+            for size in (5, 3 * MIB):
+                pass_on(running, size, threads)  # through a tunnel that it shares with those who do not read
+        found = statistics(client)
+        print("\nclient grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
+        assert found["gauges"]["buffered_bytes_high_water"] <= limit_bytes
+        assert found["counters"]["protocol_errors"] == found["counters"]["tunnels_lost"] == 0
+        # Streams were reset, or those who came when 95 % were used up were told so, and the log has it.
+        assert found["counters"]["connections_refused"] + found["counters"]["streams_shed"] > 0
+        assert found["counters"]["connections_refused"] == 120 - len(sockets)
+        if len(sockets) < 120:
+            client.wait_for_line(r"WARNING .*local connections are refused: \d+ of \d+ bytes")
+        assert memory.growth_bytes < limit_bytes + BESIDES_BYTES

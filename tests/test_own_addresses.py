@@ -57,3 +57,10 @@ def test_a_machine_without_ipv6_has_no_ipv6_address(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "socket", no_socket)
     assert not is_own("2606:4700::1111")
+
+
+def test_where_everybody_may_bind_everything_an_address_without_a_way_to_it_is_not_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(own_addresses, "_is_bindable", lambda *_: True)
+    assert not is_own("fe80::1")  # no link is named

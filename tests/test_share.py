@@ -15,6 +15,7 @@ class Stream:
     def __init__(self, share: Share) -> None:
         self.share = share
         self.kept_bytes = 0
+        self.moved_at = 0
         self.is_shed = False
 
     def keep(self, size_bytes: int) -> bool:
@@ -46,17 +47,44 @@ def test_what_is_reserved_is_counted_and_what_is_given_back_is_not() -> None:
     assert not budget.shares
 
 
+def test_an_owner_that_is_the_only_one_has_no_soft_limit() -> None:
+    budget = Budget(buffered_limit=100)
+    assert Share(budget).soft_limit == 100
+    whole = Share(budget, is_whole=True)
+    assert whole.soft_limit > 2**60
+    stream = Stream(whole)
+    assert stream.keep(100)
+    assert not stream.keep(1)  # but the hard one
+    stream.give_back(100)
+
+
 def test_the_fullest_stream_of_the_fullest_share_gives_way() -> None:
     budget = Budget(buffered_limit=100)
     alice, bob = Share(budget), Share(budget)
     small, large, single = Stream(alice), Stream(alice), Stream(bob)
-    assert small.keep(25)
-    assert large.keep(30)
+    assert small.keep(5)
+    assert large.keep(50)
     assert single.keep(45)  # more than any other stream, of one who has less
     newcomer = Stream(bob)
     assert newcomer.keep(10)
     assert [each.is_shed for each in (small, large, single, newcomer)] == [False, True, False, False]
-    assert budget.kept == 80
+    assert budget.kept == 60
+
+
+def test_one_whose_reader_took_something_just_now_is_spared_though_it_keeps_more() -> None:
+    budget = Budget(buffered_limit=100)
+    share = Share(budget)
+    stalled, older, fast = Stream(share), Stream(share), Stream(share)
+    assert older.keep(5)
+    assert stalled.keep(20)
+    for _ in range(10):
+        assert fast.keep(70)
+        fast.give_back(70)
+    assert fast.keep(75)
+    assert fast.keep(10)
+    assert [each.is_shed for each in (stalled, older, fast)] == [True, False, False]
+    assert fast.keep(10)
+    assert budget.kept == 100
 
 
 def test_who_has_most_gets_nothing_more_and_takes_from_nobody() -> None:

@@ -40,7 +40,7 @@ class Backlog:
         kept_bytes: how much memory is reserved.
     """
 
-    __slots__ = ("_buffers", "_on_shed", "_pieces", "_share", "kept_bytes", "size_bytes")
+    __slots__ = ("_buffers", "_on_shed", "_pieces", "_share", "kept_bytes", "moved_at", "size_bytes")
 
     def __init__(
         self, buffers: TieredPool, share: Share | None = None, on_shed: Callable[[], None] | None = None
@@ -49,6 +49,7 @@ class Backlog:
         self._share = share
         self._on_shed = on_shed
         self.kept_bytes = 0
+        self.moved_at = 0
         self._pieces: list[_Piece] = []
         self.size_bytes = 0
 

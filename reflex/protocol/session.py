@@ -263,7 +263,8 @@ class Session:
         stream.held_bytes += size_bytes
         budget = self._budget
         budget.buffered += size_bytes
-        if self.share.kept + budget.buffered + budget.growth <= budget.buffered_limit:
+        share = self.share
+        if share.kept + budget.buffered + budget.growth <= share.soft_limit:
             self._give_session_credit(size_bytes)
         else:
             self._withheld += size_bytes
@@ -271,7 +272,7 @@ class Session:
     def _has_room_to_hold(self) -> bool:
         """As in :meth:`_hold`: whether its owner keeps no more than what the process has left."""
         budget = self._budget
-        return self.share.kept + budget.buffered + budget.growth <= budget.buffered_limit
+        return self.share.kept + budget.buffered + budget.growth <= self.share.soft_limit
 
     def _check_was_opened(self, stream_id: int) -> None:
         # Ids of the client are odd and rising; version 1's server opens none.

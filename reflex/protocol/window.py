@@ -39,10 +39,11 @@ class Budget:
         kept: bytes of memory in which some of those wait (:mod:`reflex.protocol.share`); never above
             ``buffered_limit``.
         high_water: the most that ``kept`` ever was.
+        reservations: how often memory was asked for.
         shares: those that keep anything.
     """
 
-    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit", "high_water", "kept", "shares")
+    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit", "high_water", "kept", "reservations", "shares")
 
     def __init__(self, *, buffered_limit: int = BUFFER_BUDGET, growth_limit: int | None = None) -> None:
         self.growth = 0
@@ -51,6 +52,7 @@ class Budget:
         self.buffered_limit = buffered_limit
         self.kept = 0
         self.high_water = 0
+        self.reservations = 0
         self.shares: dict[Share, None] = {}
 
     @property
