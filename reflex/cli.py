@@ -114,6 +114,7 @@ key = "{user_key}"
 [limits]
 # max_connections = 5000       # of all workers together
 # max_streams = 1000           # per tunnel
+# buffered_bytes = 268435456   # memory for bytes that wait for slow readers, per worker
 # handshake_timeout_s = 10
 # dial_timeout_s = 10
 # idle_timeout_s = 300         # a stream without bytes in either direction
@@ -153,6 +154,7 @@ cipher = "auto"                # or "aes-256-gcm", "chacha20-poly1305"
 
 [limits]
 # max_connections = 5000       # of all workers together
+# buffered_bytes = 268435456   # memory for bytes that wait for slow readers, per worker
 # connect_timeout_s = 10
 # handshake_timeout_s = 10
 # idle_timeout_s = 300

@@ -55,6 +55,8 @@ MAX_USER_NAME_CHARACTERS: Final = 64  # stands in log lines
 MAX_SOCKS_BYTES: Final = 255  # of a user name or a password: RFC 1929 counts them in one byte
 MAX_CONNECTIONS: Final = 1_000_000  # more sockets than one process is ever granted
 MAX_STREAMS: Final = 65_536  # per tunnel; far above it, another tunnel serves better
+MIN_BUFFERED_BYTES: Final = 1 << 20  # a session's first window
+MAX_BUFFERED_BYTES: Final = 1 << 40  # more memory than a machine has
 MAX_TUNNELS: Final = 1_000  # per server
 MAX_WORKERS: Final = 64  # more than one for each processor gains nothing
 MIN_TIMEOUT_S: Final = 0.001  # a time-out of nothing would refuse everything
@@ -116,10 +118,11 @@ class TargetSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundLimits:
-    """inbound.toml's ``[limits]``. ``max_streams`` is per tunnel."""
+    """inbound.toml's ``[limits]``. ``max_streams`` is per tunnel, ``buffered_bytes`` for each process."""
 
     max_connections: int = 5_000
     max_streams: int = 1_000
+    buffered_bytes: int = 268_435_456
     handshake_timeout_s: float = 10.0
     dial_timeout_s: float = 10.0
     idle_timeout_s: float = 300.0
@@ -191,9 +194,10 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboundLimits:
-    """outbound.toml's ``[limits]``."""
+    """outbound.toml's ``[limits]``. ``buffered_bytes`` is for each process."""
 
     max_connections: int = 5_000
+    buffered_bytes: int = 268_435_456
     connect_timeout_s: float = 10.0
     handshake_timeout_s: float = 10.0
     idle_timeout_s: float = 300.0
@@ -382,6 +386,7 @@ def _inbound_limits(table: Table) -> InboundLimits:
     return InboundLimits(
         max_connections=table.integer("max_connections", base.max_connections, minimum=1, maximum=MAX_CONNECTIONS),
         max_streams=table.integer("max_streams", base.max_streams, minimum=1, maximum=MAX_STREAMS),
+        buffered_bytes=_buffered_bytes(table, base.buffered_bytes),
         handshake_timeout_s=_timeout_s(table, "handshake_timeout_s", base.handshake_timeout_s),
         dial_timeout_s=_timeout_s(table, "dial_timeout_s", base.dial_timeout_s),
         idle_timeout_s=_timeout_s(table, "idle_timeout_s", base.idle_timeout_s, maximum=MAX_IDLE_TIMEOUT_S),
@@ -393,6 +398,7 @@ def _outbound_limits(table: Table) -> OutboundLimits:
     base = OutboundLimits()
     return OutboundLimits(
         max_connections=table.integer("max_connections", base.max_connections, minimum=1, maximum=MAX_CONNECTIONS),
+        buffered_bytes=_buffered_bytes(table, base.buffered_bytes),
         connect_timeout_s=_timeout_s(table, "connect_timeout_s", base.connect_timeout_s),
         handshake_timeout_s=_timeout_s(table, "handshake_timeout_s", base.handshake_timeout_s),
         idle_timeout_s=_timeout_s(table, "idle_timeout_s", base.idle_timeout_s, maximum=MAX_IDLE_TIMEOUT_S),
@@ -420,6 +426,10 @@ def _pool(table: Table) -> PoolSettings:
 
 def _workers(root: Table) -> int:
     return root.integer("workers", 1, minimum=1, maximum=MAX_WORKERS)
+
+
+def _buffered_bytes(table: Table, default: int) -> int:
+    return table.integer("buffered_bytes", default, minimum=MIN_BUFFERED_BYTES, maximum=MAX_BUFFERED_BYTES)
 
 
 def _tcp(table: Table) -> TcpSettings:

@@ -31,6 +31,7 @@ from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.options import is_loopback, set_options
+from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, TargetRelay
 from reflex.net.targets import TargetPolicy
@@ -42,6 +43,7 @@ from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
+from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
 from reflex.worker import UserTable, WorkerContext
@@ -69,7 +71,9 @@ class Inbound:
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
-        self._budget = Budget()
+        self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
+        self._shares = {user.id.bytes: Share(self._budget) for user in settings.users}
+        self._pressure = Pressure(self._budget, "new streams are refused")
         self._names = {user.id.bytes: user.name for user in settings.users}
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
@@ -110,11 +114,15 @@ class Inbound:
         self._start_limits()
         try:
             if self._shared is not None:
-                listen = partial(Listener.of_socket, self._loop, on_accept=self._on_accept)
+                listen = partial(
+                    Listener.of_socket, self._loop, on_accept=self._on_accept, on_pause=self._on_accept_pause
+                )
                 self._listeners += map(listen, self._shared.sockets)
             else:
                 for address in settings.listen:
-                    self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
+                    self._listeners.append(
+                        Listener(self._loop, address.host, address.port, self._on_accept, self._on_accept_pause)
+                    )
         except StartError:
             self._stop_listening()
             self._stop_metering()
@@ -190,6 +198,9 @@ class Inbound:
         self._greetings.add(Greeting(self._door, sock, f"{host}:{port}"))
         self._publish_connections()
 
+    def _on_accept_pause(self) -> None:
+        self._counters.accept_pauses += 1
+
     def _connections(self) -> int:
         """How many there are, in all workers."""
         elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
@@ -219,7 +230,7 @@ class Inbound:
                 time_ms=int(time.time() * 1000),
                 now_s=self._loop.time(),
                 max_streams=max_streams if user is None else user.tunnel_streams(max_streams),
-                budget=self._budget,
+                share=self._shares[hello.user_id],
             )
             if not is_allowed:  # in one write with the SETTINGS, so that the client opens no stream first
                 session.go_away(Code.LIMIT)
@@ -277,6 +288,11 @@ class Inbound:
         if address is None:
             self._counters.streams_refused += 1
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
+            tunnel.stream_ended()
+            return
+        if self._pressure.is_high():
+            self._counters.streams_refused += 1
+            tunnel.session.reset(stream, Code.LIMIT)
             tunnel.stream_ended()
             return
         delay_s = 0.0
@@ -384,7 +400,10 @@ class Inbound:
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "greetings": len(self._greetings),
             "replay_keys": len(self._replay),
-            "buffered_bytes": self._budget.buffered,
+            "buffered_bytes": self._budget.kept,
+            "buffered_bytes_high_water": self._budget.high_water,
+            "look_ups": self._dialling.resolver.running,
+            "look_ups_waiting": self._dialling.resolver.waiting,
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -16,7 +16,8 @@ class Counters:
     """What happened since the process started. Plain additions by the thread that runs the loop."""
 
     connections_accepted: int = 0
-    connections_refused: int = 0  # over max_connections
+    connections_refused: int = 0  # over max_connections, or for want of memory
+    accept_pauses: int = 0  # for want of descriptors or memory
     handshakes_completed: int = 0
     handshakes_failed: int = 0
     fallbacks: int = 0  # connections given to the web server
@@ -26,6 +27,7 @@ class Counters:
     streams_opened: int = 0
     streams_refused: int = 0
     streams_reset: int = 0
+    streams_shed: int = 0  # reset because memory for waiting bytes was used up
     bytes_into_tunnels: int = 0  # payload
     bytes_out_of_tunnels: int = 0  # payload
     tunnels_limited: int = 0  # closed at once: over a user's max_tunnels

@@ -29,6 +29,8 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.pressure import Pressure
+from reflex.net.resolver import Resolver
 from reflex.net.server import Server
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
@@ -37,6 +39,7 @@ from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, SessionSecrets
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
+from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Suite
 from reflex.worker import WorkerContext
@@ -61,7 +64,10 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._pools = Pools()
         self._counters = Counters()
-        self._budget = Budget()
+        self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
+        self._share = Share(self._budget, is_whole=True)
+        self._pressure = Pressure(self._budget, "local connections are refused")
+        self._resolver = Resolver()
         self._tunnels: TunnelPool[Tunnel] = TunnelPool(
             min_idle=settings.pool.min_idle,
             max_idle=settings.pool.max_idle,
@@ -98,6 +104,7 @@ class Outbound:
             handshake_timeout_s=self._settings.limits.handshake_timeout_s,
             nodelay=self._settings.tcp.nodelay,
             keepalive_s=self._settings.tcp.keepalive_s,
+            resolver=self._resolver,
         )
 
     async def start(self) -> Sequence[str]:
@@ -106,9 +113,13 @@ class Outbound:
             for position, listen in enumerate(self._settings.listen):
                 on_accept = self._accepter(listen)
                 if self._shared is not None:
-                    listener = Listener.of_socket(self._loop, self._shared.sockets[position], on_accept)
+                    listener = Listener.of_socket(
+                        self._loop, self._shared.sockets[position], on_accept, self._on_accept_pause
+                    )
                 else:
-                    listener = Listener(self._loop, listen.address.host, listen.address.port, on_accept)
+                    listener = Listener(
+                        self._loop, listen.address.host, listen.address.port, on_accept, self._on_accept_pause
+                    )
                 self._listeners.append(listener)
                 listener.set_options(nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
         except StartError:
@@ -133,6 +144,7 @@ class Outbound:
             greeting_timeout_s=self._settings.limits.handshake_timeout_s,
             target=target,
             credentials=credentials,
+            pressure=self._pressure,
             on_end=self._on_visitor_end,
         )
         return partial(self._on_accept, door)
@@ -147,6 +159,9 @@ class Outbound:
         if not visitor.ended:
             self._visitors.add(visitor)
             self._publish_connections()
+
+    def _on_accept_pause(self) -> None:
+        self._counters.accept_pauses += 1
 
     def _connections(self) -> int:
         """How many there are, in all workers."""
@@ -170,7 +185,7 @@ class Outbound:
             self._pools,
             time_ms=int(time.time() * 1000),
             now_s=self._loop.time(),
-            budget=self._budget,
+            share=self._share,
         )
         tunnel = Tunnel(
             self._loop,
@@ -264,7 +279,8 @@ class Outbound:
             "tunnels": len(self._tunnels),
             "idle_tunnels": self._tunnels.idle_count(),
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
-            "buffered_bytes": self._budget.buffered,
+            "buffered_bytes": self._budget.kept,
+            "buffered_bytes_high_water": self._budget.high_water,
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -56,6 +56,7 @@ from reflex.protocol.handshake import (
 )
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
+from reflex.protocol.share import Share
 from reflex.protocol.socks5 import CONNECT, METHOD_NONE, VERSION
 from reflex.protocol.streams import Stream
 from reflex.protocol.window import Budget
@@ -719,3 +720,22 @@ class Rig:
             assert self.pools.in_use == 0
             assert self.budget.buffered == 0
             assert self.budget.growth == 0
+
+
+class Hog:
+    """Keeps a share of a daemon's memory for waiting bytes, as a stream that nobody reads would."""
+
+    def __init__(self, share: Share, percent: int) -> None:
+        self.kept_bytes = 0
+        self.moved_at = 0
+        self._share = share
+        assert share.reserve(self, -(-share.budget.buffered_limit * percent // 100))
+
+    def shed(self) -> None:
+        self._share.give_back(self, self.kept_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shed()

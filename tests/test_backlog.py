@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from reflex.net.backlog import LARGEST_SPARE_BYTES, Backlog
 from reflex.pool import TIER_SIZES, TieredPool
+from reflex.protocol.share import Share
+from reflex.protocol.window import Budget
 
 SMALLEST = TIER_SIZES[0]
 
@@ -103,3 +105,54 @@ def test_what_was_dropped_is_counted_wiped_and_given_back() -> None:
     again = buffers.acquire(3600)
     assert not any(again)
     buffers.release(again, 0)
+
+
+@given(st.integers(1, 400_000))
+def test_memory_is_filled_by_three_quarters_but_for_one_buffer_that_has_room_for_more(size: int) -> None:
+    buffers = TieredPool()
+    budget = Budget()
+    backlog = Backlog(buffers, Share(budget))
+    assert backlog.keep(memoryview(bytes(size)))
+    assert budget.kept == backlog.kept_bytes >= size
+    assert backlog.kept_bytes <= size * 4 / 3 + max(SMALLEST, min(size, LARGEST_SPARE_BYTES))
+    assert len(take_all(backlog)) == size
+    assert budget.kept == backlog.kept_bytes == buffers.in_use == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 20_000), st.integers(0, 20_000)), max_size=30))
+def test_what_is_reserved_is_the_memory_in_use(steps: list[tuple[int, int]]) -> None:
+    buffers = TieredPool()
+    budget = Budget()
+    backlog = Backlog(buffers, Share(budget))
+    for size, wanted in steps:
+        assert backlog.keep(memoryview(bytes(size)))
+        if piece := backlog.first()[:wanted]:
+            backlog.taken(len(piece))
+        in_use = sum(each.in_use * int(tier) for tier, each in buffers.statistics().items())
+        assert budget.kept == backlog.kept_bytes == in_use
+    backlog.clear()
+    assert budget.kept == buffers.in_use == 0
+
+
+def test_where_there_is_no_room_a_part_is_kept_and_told() -> None:
+    buffers = TieredPool()
+    budget = Budget(buffered_limit=2 * SMALLEST)
+    backlog = Backlog(buffers, Share(budget))
+    data = bytes(range(256)) * 20
+    assert not backlog.keep(memoryview(data))
+    assert backlog.size_bytes == 2 * SMALLEST == budget.kept
+    assert take_all(backlog) == data[: 2 * SMALLEST]
+    assert budget.kept == buffers.in_use == 0
+
+
+def test_one_that_is_shed_tells_its_owner_and_gives_everything_back() -> None:
+    buffers = TieredPool()
+    budget = Budget(buffered_limit=2 * SMALLEST)
+    told: list[int] = []
+    large = Backlog(buffers, Share(budget), lambda: told.append(large.size_bytes))
+    assert large.keep(memoryview(bytes(2 * SMALLEST)))
+    assert Backlog(buffers, Share(budget)).keep(memoryview(b"x"))
+    assert told == [2 * SMALLEST]
+    assert large.size_bytes == large.kept_bytes == 0
+    assert budget.kept == SMALLEST
+    assert buffers.in_use == 1

@@ -16,7 +16,16 @@ import uvloop
 
 from reflex.errors import DialError
 from reflex.net import dial as dial_module
-from reflex.net.dial import AddrInfo, begin_connect, dial, finish_connect, is_connected, resolve, status_of
+from reflex.net.dial import (
+    begin_connect,
+    dial,
+    finish_connect,
+    is_connected,
+    is_own_fault,
+    resolve,
+    status_of,
+)
+from reflex.net.resolver import AddrInfo
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
@@ -117,7 +126,6 @@ def test_resolve_gives_addresses_for_tcp() -> None:
     "answer",
     [
         socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
-        OSError(errno.EMFILE, "Too many open files"),
         UnicodeError("label empty or too long"),
         [],
         [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", ("", 0))],
@@ -125,6 +133,22 @@ def test_resolve_gives_addresses_for_tcp() -> None:
 )
 def test_names_that_do_not_resolve(answer: Any) -> None:
     assert failure(Address(NAME, "nowhere.example", 80), Resolver(answer)) is Status.HOST_UNREACHABLE
+
+
+def test_a_name_that_cannot_be_looked_up_for_want_of_descriptors() -> None:
+    resolver = Resolver(OSError(errno.EMFILE, "Too many open files"))
+    assert failure(Address(NAME, "nowhere.example", 80), resolver) is Status.GENERAL_FAILURE
+
+
+def test_an_address_that_cannot_be_judged_for_want_of_descriptors_is_not_dialled() -> None:
+    def is_own(_: str) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    policy = TargetPolicy(is_own=is_own)
+    assert failure(Address(V4, "8.8.8.8", 80), policy=policy) is Status.GENERAL_FAILURE
+    with pytest.raises(DialError) as caught:
+        begin_connect(Address(V4, "8.8.8.8", 80), policy=policy)
+    assert caught.value.status == Status.GENERAL_FAILURE
 
 
 @pytest.mark.parametrize("name", ["a..example", "x" * 64 + ".example"])
@@ -378,6 +402,21 @@ def test_begin_without_a_free_descriptor(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DialError) as caught:
         begin_connect(Address(V4, "127.0.0.1", 80))
     assert caught.value.status == Status.GENERAL_FAILURE
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_ours"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.ENFILE, "Too many open files in system"), True),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), False),
+        (None, False),
+    ],
+)
+def test_whose_fault_a_failure_is(cause: OSError | None, is_ours: bool) -> None:  # noqa: FBT001  pytest passes it by name
+    error = DialError(Status.GENERAL_FAILURE, "failed")
+    error.__cause__ = cause
+    assert is_own_fault(error) is is_ours
 
 
 def test_begin_takes_no_names() -> None:

@@ -20,6 +20,7 @@ from reflex.errors import StartError
 from reflex.inbound import Inbound
 from reflex.net import listener as listener_module
 from reflex.net import tunnel as tunnel_module
+from reflex.net.doors import ATTEMPTS
 from reflex.net.listener import open_listening
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
@@ -30,6 +31,7 @@ from tests.pair import (
     DEADLINE_S,
     HOST,
     LOOPS,
+    Hog,
     Keys,
     LoopFactory,
     Origin,
@@ -505,3 +507,42 @@ async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog
     assert statistics(caplog, "reflex.inbound")["gauges"]["worker"] == 1
     inbound.abort()
     await leave(remote)
+
+
+@in_loop
+async def test_when_memory_is_nearly_used_up_new_streams_are_reset_and_running_ones_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with Pair() as pair:
+        with Origin() as origin:
+            near, far = await pair.stream(origin)
+            share = next(iter(pair.inbound._shares.values()))
+            with Hog(share, 94):
+                await pair.stream(origin)
+            with Hog(share, 95):
+                for _ in range(3):
+                    assert await pair.status(origin.port) == Status.GENERAL_FAILURE
+                assert origin.is_unvisited
+                await near.send(b"running")
+                assert await far.receive(7) == b"running"
+                await far.send(b"still")
+                assert await near.receive(5) == b"still"
+            assert pair.inbound._counters.streams_refused == 3 * ATTEMPTS
+            assert pair.tunnels == 1
+            await pair.stream(origin)
+    lines = [line for line in caplog.messages if "new streams are refused: " in line]
+    assert len(lines) == 1
+    assert caplog.messages.count("enough bytes were read by now: nothing is refused any more") == 1
+
+
+def test_the_memory_for_waiting_bytes_is_what_the_settings_say() -> None:
+    @in_loop
+    async def test() -> None:
+        async with running_inbound(
+            inbound_settings(Keys.generate(), limits=InboundLimits(buffered_bytes=5_000_000))
+        ) as (inbound, _):
+            assert inbound._budget.buffered_limit == 5_000_000
+            assert inbound._budget.growth_limit == 2_500_000
+
+    test()

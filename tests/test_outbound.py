@@ -38,6 +38,7 @@ from tests.pair import (
     LOOPS,
     REPLY_SIZE,
     End,
+    Hog,
     Keys,
     LoopFactory,
     Origin,
@@ -534,7 +535,14 @@ async def test_draining_lets_running_connections_end_and_reports(caplog: pytest.
             await until(lambda: pair.tunnels == 0)
             assert pair.inbound._counters.tunnels_lost == 0
     found = statistics(caplog, "reflex.outbound")
-    assert found["gauges"] == {"connections": 0, "tunnels": 0, "idle_tunnels": 0, "streams": 0, "buffered_bytes": 0}
+    assert found["gauges"] == {
+        "connections": 0,
+        "tunnels": 0,
+        "idle_tunnels": 0,
+        "streams": 0,
+        "buffered_bytes": 0,
+        "buffered_bytes_high_water": 0,
+    }
     assert found["counters"]["bytes_into_tunnels"] == 8
     assert found["counters"]["bytes_out_of_tunnels"] == 4
     assert found["pools"]["2048"]["in_use"] == 0
@@ -725,3 +733,28 @@ async def test_bytes_an_application_sends_while_its_target_is_dialled_wait_and_a
             far.finish()
             await near.expect_fin()
             near.close()
+
+
+@in_loop
+async def test_when_memory_is_nearly_used_up_local_connections_are_refused_and_running_ones_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Origin() as origin:
+        listen = [ListenSettings(address=EPHEMERAL), forward_to(origin.port)]
+        async with Pair(listen=listen, outbound_limits=OutboundLimits(buffered_bytes=5_000_000)) as pair:
+            assert pair.outbound._budget.buffered_limit == 5_000_000
+            near, far = await pair.stream(origin)
+            with Hog(pair.outbound._share, 95):
+                for _ in range(3):
+                    assert await pair.status(origin.port) == Status.GENERAL_FAILURE
+                with pytest.raises(ConnectionResetError):
+                    await (await pair.connect(1)).receive_all()
+                assert pair.outbound._counters.connections_refused == 4
+                assert origin.is_unvisited
+                await near.send(b"running")
+                assert await far.receive(7) == b"running"
+            await pair.stream(origin)
+    lines = [line for line in caplog.messages if "local connections are refused: " in line]
+    assert len(lines) == 1
+    assert caplog.messages.count("enough bytes were read by now: nothing is refused any more") == 1

@@ -216,3 +216,22 @@ async def test_the_end_of_the_tunnel_does_not_stop_what_was_to_be_delivered(pool
             rig.tunnel.cut("the test says so")
             assert await made.target.receive_all() == PATTERN
             await until(lambda: made.ends)
+
+
+@in_loop
+async def test_what_is_kept_is_of_the_process_s_memory_and_gives_way_where_that_is_used_up(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await paced(rig, origin, rate=SLOW)
+            budget = rig.session.share.budget
+            await made.send(PATTERN[:100_000])
+            await until(lambda: made.relay.waiting_bytes)
+            kept = budget.kept
+            assert kept >= made.relay.waiting_bytes
+            budget.buffered_limit = kept
+            await made.send(PATTERN[100_000:])
+            await until(lambda: made.ends)
+            await rig.remote.see(EventKind.RESET, made.theirs.id)
+            assert made.counters.streams_shed == 1
+            assert (budget.kept, budget.buffered) == (0, 0)
+    assert pools.in_use == 0

@@ -568,3 +568,58 @@ async def test_reset_on_close_is_asked_of_a_socket_that_is_gone_without_harm(cap
     sock = socket.socket()
     sock.close()
     set_reset_on_close(sock)
+
+
+@in_loop
+async def test_where_memory_is_used_up_the_stream_that_keeps_most_is_reset_and_others_go_on(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        rig.budget.buffered_limit = 96 * 1024
+        large, small = [await relayed(rig, buffer_bytes=SMALL_BUFFERS) for _ in range(2)]
+        reading = await relayed(rig)
+        with large.local, small.local, reading.local:
+            await send_into(rig, large.theirs, PATTERN[: 64 * 1024])
+            await until(lambda: rig.budget.kept)
+            await send_into(rig, small.theirs, PATTERN[: 48 * 1024])
+            await large.ended()
+            assert rig.budget.kept <= rig.budget.buffered_limit
+            assert rig.counters.streams_shed == rig.counters.streams_reset == 1
+            assert (await rig.remote.see(EventKind.RESET, large.theirs.id)).number == Code.LIMIT
+            await large.local.expect_reset()
+            # The one that is left gets every byte, and so does one that keeps nothing.
+            assert await small.local.receive(48 * 1024) == PATTERN[: 48 * 1024]
+            await send_into(rig, reading.theirs, b"reading")
+            assert await reading.local.receive(7) == b"reading"
+        await until(lambda: not rig.budget.kept)
+
+
+@in_loop
+async def test_a_stream_that_alone_wants_more_than_there_is_is_reset(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        rig.budget.buffered_limit = 16 * 1024
+        joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
+        with joined.local:
+            await send_into(rig, joined.theirs, PATTERN[: 128 * 1024])
+            await joined.ended()
+            assert rig.budget.kept == rig.budget.buffered == 0
+            assert (await rig.remote.see(EventKind.RESET, joined.theirs.id)).number == Code.LIMIT
+            await joined.local.expect_reset()
+
+
+@in_loop
+async def test_one_whose_stream_has_ended_gives_way_as_well(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        rig.budget.buffered_limit = 96 * 1024
+        ended, open_ = [await relayed(rig, buffer_bytes=SMALL_BUFFERS) for _ in range(2)]
+        with ended.local, open_.local:
+            rig.remote.session.send(ended.theirs, PATTERN[: 64 * 1024])
+            rig.remote.session.finish(ended.theirs)
+            await rig.remote.flush()
+            ended.local.finish()
+            await rig.remote.see(EventKind.FIN, ended.theirs.id)
+            await until(lambda: rig.tunnel.draining)
+            await send_into(rig, open_.theirs, PATTERN[: 48 * 1024])
+            await ended.ended()
+            await ended.local.expect_reset()
+            assert not rig.tunnel.draining
+            assert (rig.counters.streams_shed, rig.counters.streams_reset) == (1, 0)
+            assert await open_.local.receive(48 * 1024) == PATTERN[: 48 * 1024]

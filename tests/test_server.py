@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from reflex.errors import TunnelError
+from reflex.errors import DialError, TunnelError
+from reflex.net import server as server_module
 from reflex.net.server import FIRST_DELAY_S, MAX_CLOCK_SHIFT_S, MAX_DELAY_S, Server
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
-from reflex.protocol.wire import Suite
+from reflex.protocol.wire import Status, Suite
 from tests.pair import DEADLINE_S, HOST, End, Keys, Origin, answer_of, in_loop, refusing_port, silent_port
 
 KEYS = Keys.generate()
@@ -288,3 +291,21 @@ def test_delays_double_up_to_a_bound_and_are_jittered(
     assert server.not_before_s == 0
     server.failed(0.0)
     assert server.not_before_s == pytest.approx(FIRST_DELAY_S * share)
+
+
+@in_loop
+async def test_an_attempt_that_fails_for_want_of_descriptors_is_not_held_against_the_server(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dial_fails(*_: object, **__: object) -> socket.socket:
+        error = DialError(Status.GENERAL_FAILURE, "Too many open files")
+        raise error from OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(server_module, "dial", dial_fails)
+    monkeypatch.setattr(secrets, "randbelow", lambda _: 500)
+    server = make_server(Address.of(HOST, 1), pools)
+    for _ in range(5):
+        with pytest.raises(TunnelError, match="cannot connect to the server: Too many open files"):
+            await server.connect()
+        server.failed(100.0)
+        assert server.not_before_s - 100.0 == pytest.approx(FIRST_DELAY_S)

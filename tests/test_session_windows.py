@@ -162,6 +162,44 @@ class TestReceiving:
             assert window.available + window.owed == SESSION_WINDOW
             assert budget.buffered == peer.session._withheld == 0
 
+    def test_an_owner_gets_credit_while_it_keeps_no_more_than_what_is_left(self, pools: Pools) -> None:
+        budget = Budget(buffered_limit=4 * SESSION_WINDOW, growth_limit=SESSION_WINDOW)
+        with peer_of(pools, of_server=True, budget=budget) as peer:
+            share = peer.session.share
+            peer.side.reads = False
+            stream = peer.open(1)
+            for kept, grown, is_given in ((1, 0, True), (2, 0, False), (1, 1, True), (1.9, 1, False)):
+                share.kept, budget.growth = int(kept * SESSION_WINDOW), grown * SESSION_WINDOW
+                budget.buffered = share.kept
+                peer.write(FrameType.DATA, 1, bytes(1000))
+                assert (peer.session._withheld == 0) is is_given
+                budget.buffered = stream.held_bytes
+                peer.side.consume(stream)
+            share.kept = budget.growth = 0
+
+    @pytest.mark.parametrize("is_closed", [False, True])
+    def test_credit_that_waits_comes_back_when_others_have_made_room(self, pools: Pools, is_closed: bool) -> None:  # noqa: FBT001
+        budget = Budget(buffered_limit=SESSION_WINDOW)
+        with peer_of(pools, of_server=True, budget=budget) as peer:
+            peer.side.reads = False
+            streams = [peer.open(stream_id) for stream_id in (1, 3, 5)]
+            others, budget.buffered = SESSION_WINDOW, SESSION_WINDOW
+            for stream in streams:
+                for _ in range(4):
+                    peer.write(FrameType.DATA, stream.id, bytes(PIECE))
+            withheld = 3 * STREAM_WINDOW
+            assert peer.session._withheld == withheld
+            assert not peer.session.is_dead()
+            assert peer.session._withheld == withheld
+            budget.buffered -= others
+            if is_closed:
+                peer.session.close(Code.NONE)
+            assert not peer.session.is_dead()
+            assert peer.session._withheld == (withheld if is_closed else 0)
+            assert windows(peer.answers(), 0) == (0 if is_closed else withheld)
+            for stream in streams:
+                peer.side.consume(stream)
+
     def test_the_last_bytes_of_a_stream_count_for_the_budget_too(self, pools: Pools) -> None:
         budget = Budget(buffered_limit=0)
         with peer_of(pools, of_server=True, budget=budget) as peer:

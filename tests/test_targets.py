@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
@@ -158,6 +159,133 @@ def test_never_wider_than_the_standard_library(ip: IPv4Address | IPv6Address) ->
     if is_public(str(ip)):
         judged = getattr(ip, "ipv4_mapped", None) or ip
         assert judged.is_global
+
+
+# Addresses that hold others.
+
+TEREDO_SERVER = "65.54.227.120"  # of RFC 4380's own example, and public
+
+
+def teredo(client: str, server: str = TEREDO_SERVER) -> str:
+    turned_over = int(IPv4Address(client)) ^ 0xFFFF_FFFF
+    return str(IPv6Address(0x2001_0000 << 96 | int(IPv4Address(server)) << 64 | turned_over))
+
+
+def placed(prefix: str, ip: str, shift: int) -> str:
+    return str(IPv6Address(int(IPv6Address(prefix)) | int(IPv4Address(ip)) << shift))
+
+
+def rfc6052(ip: str, prefix_bits: int) -> str:
+    """RFC 6052, section 2.2, for prefixes within 64:ff9b:1::/48; the bits 64 to 71 stay 0."""
+    number = int(IPv4Address(ip))
+    before = max(0, 64 - prefix_bits)
+    high, low = (number >> (32 - before), number & (1 << (32 - before)) - 1) if before < 32 else (number, 0)
+    if prefix_bits == 96:
+        return placed("64:ff9b:1::", ip, 0)
+    if before == 0:
+        return placed("64:ff9b:1::", ip, 24)
+    after = 32 - before
+    whole = int(IPv6Address("64:ff9b:1::")) | high << 64 | low << (56 - after)
+    return str(IPv6Address(whole))
+
+
+HOLDERS: dict[str, Callable[[str], str]] = {
+    "IPv4-compatible": lambda ip: placed("::", ip, 0),
+    "IPv4-translated": lambda ip: placed("::ffff:0:0:0", ip, 0),
+    "NAT64": lambda ip: placed("64:ff9b::", ip, 0),
+    "6to4": lambda ip: placed("2002::1", ip, 80),
+    "Teredo, its client": teredo,
+    "Teredo, its server": lambda ip: teredo(TEREDO_SERVER, ip),
+    "NAT64 of one's own, /48": lambda ip: rfc6052(ip, 48),
+    "NAT64 of one's own, /56": lambda ip: rfc6052(ip, 56),
+    "NAT64 of one's own, /64": lambda ip: rfc6052(ip, 64),
+    "NAT64 of one's own, /96": lambda ip: rfc6052(ip, 96),
+}
+# What lies in the other places must pass as well.
+IN_ANY_OF_FOUR_PLACES = ("NAT64 of one's own, /48", "NAT64 of one's own, /56", "NAT64 of one's own, /64")
+EVERY_IPV6 = net("::/0")
+
+
+def test_the_examples_of_rfc_6052() -> None:
+    assert rfc6052("192.0.2.33", 48) == "64:ff9b:1:c000:2:2100::"
+    assert rfc6052("192.0.2.33", 56) == "64:ff9b:1:c0:0:221::"
+    assert rfc6052("192.0.2.33", 64) == "64:ff9b:1:0:c0:2:2100:0"
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("ip", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "100.64.0.1", "192.168.1.1", "224.0.0.1"])
+def test_an_address_that_holds_another_is_judged_by_both(holder: str, ip: str) -> None:
+    outer = HOLDERS[holder](ip)
+    assert not TargetPolicy().allows_address(outer, 80)
+    assert not TargetPolicy([EVERY_IPV6]).allows_address(outer, 80)
+    assert not TargetPolicy([net(ip)]).allows_address(outer, 80)
+    assert not TargetPolicy([EVERY_IPV6, net(ip)], [net(ip)]).allows_address(outer, 80)
+    assert not TargetPolicy([EVERY_IPV6, net(ip)], [net(outer)]).allows_address(outer, 80)
+    if holder not in IN_ANY_OF_FOUR_PLACES:
+        assert TargetPolicy([EVERY_IPV6, net(ip)]).allows_address(outer, 80)
+    assert TargetPolicy([EVERY_IPV6, net("0.0.0.0/0")]).allows_address(outer, 80)
+    public = HOLDERS[holder]("8.8.8.8")
+    assert not TargetPolicy().allows_address(public, 80)
+    assert TargetPolicy([EVERY_IPV6]).allows_address(public, 80)
+    assert not TargetPolicy([EVERY_IPV6], [net("8.8.8.0/24")]).allows_address(public, 80)
+    assert not TargetPolicy([EVERY_IPV6], is_own=lambda own: own == "8.8.8.8").allows_address(public, 80)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@given(st.ip_addresses(v=4).filter(lambda ip: int(ip) >> 24))  # 0.0.0.0/8 is nowhere
+def test_an_ipv6_network_that_is_allowed_opens_no_ipv4_address_that_is_not(holder: str, ip: IPv4Address) -> None:
+    policy = TargetPolicy([EVERY_IPV6], [net("64.0.0.0/2")], is_own=lambda _: False)
+    if policy.allows_address(HOLDERS[holder](str(ip)), 80):
+        assert policy.allows_address(str(ip), 80)
+
+
+@given(st.ip_addresses(v=6))
+def test_no_ipv6_address_is_allowed_without_a_rule_that_holds_one(ip: IPv6Address) -> None:
+    if any(ip in ip_network(text) for text in NOT_PUBLIC_V6):
+        assert not TargetPolicy(is_own=lambda _: False).allows_address(str(ip), 80)
+
+
+def test_loopback_and_the_unspecified_address_hold_nothing() -> None:
+    assert TargetPolicy([net("::1/128")]).allows_address("::1", 80)
+    assert TargetPolicy([net("::/128")]).allows_address("::", 80)
+
+
+def test_a_name_that_is_allowed_vouches_for_what_its_addresses_hold_but_not_against_deny() -> None:
+    policy = TargetPolicy([R("*.internal.example")], [net("10.6.0.0/16")])
+    verdict = policy.allows_name("db.internal.example", 80)
+    assert policy.allows_address("64:ff9b::10.1.1.1", 80, verdict=verdict)
+    assert not policy.allows_address("64:ff9b::10.6.1.1", 80, verdict=verdict)
+
+
+# This machine's own addresses.
+
+OWN = ("9.9.9.9", "2620:fe::fe")
+
+
+@pytest.mark.parametrize("ip", [*OWN, "::ffff:9.9.9.9"])
+def test_an_own_address_is_refused_unless_a_rule_allows_it(ip: str) -> None:
+    asked: list[str] = []
+
+    def is_own(text: str) -> bool:
+        asked.append(text)
+        return text in OWN
+
+    assert not TargetPolicy(is_own=is_own).allows_address(ip, 443)
+    assert asked == [ip.removeprefix("::ffff:")]
+    assert TargetPolicy([R("*", None, 443)], is_own=is_own).allows_address(ip, 443)
+    assert TargetPolicy([net("9.9.9.9/32"), net("2620:fe::fe/128")], is_own=is_own).allows_address(ip, 443)
+    by_name = TargetPolicy([R("me.example")], is_own=is_own)
+    assert by_name.allows_address(ip, 443, verdict=by_name.allows_name("me.example", 443))
+    assert len(asked) == 1  # what a rule allows need not be asked for
+
+
+def test_an_address_that_becomes_this_machines_own_is_refused_from_then_on() -> None:
+    own: set[str] = set()
+    policy = TargetPolicy(is_own=own.__contains__)
+    assert policy.allows_address("9.9.9.9", 443)
+    own.add("9.9.9.9")
+    assert not policy.allows_address("9.9.9.9", 443)
+    assert policy.allows_address("8.8.8.8", 443)
 
 
 @given(st.text(max_size=40), st.integers(1, 65_535))

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from reflex.errors import FlowControlError, WindowExceeded
 from reflex.protocol.window import (
     BUFFER_BUDGET,
-    GROWTH_BUDGET,
+    GROWTH_PART,
     GROWTH_ROUND_TRIPS,
     MAX_STREAM_RECEIVE_WINDOW,
     MAX_UPDATE_BYTES,
@@ -25,7 +25,7 @@ sizes = st.integers(0, MAX_WINDOW)
 
 def test_limits_of_this_implementation() -> None:
     assert MAX_STREAM_RECEIVE_WINDOW == 16 * 2**20
-    assert GROWTH_BUDGET == 256 * 2**20
+    assert GROWTH_PART == 2
     assert BUFFER_BUDGET == 256 * 2**20
 
 
@@ -34,10 +34,19 @@ def test_limits_of_this_implementation() -> None:
 
 def test_a_budget_starts_empty_with_the_process_limits() -> None:
     budget = Budget()
-    assert (budget.growth, budget.growth_limit) == (0, GROWTH_BUDGET)
+    assert (budget.growth, budget.growth_limit) == (0, BUFFER_BUDGET // GROWTH_PART)
     assert (budget.buffered, budget.buffered_limit) == (0, BUFFER_BUDGET)
     assert Budget(growth_limit=5, buffered_limit=6).growth_limit == 5
     assert Budget(growth_limit=5, buffered_limit=6).buffered_limit == 6
+    assert Budget(buffered_limit=6).growth_limit == 3
+
+
+def test_a_budget_is_nearly_full_from_95_percent_on() -> None:
+    budget = Budget(buffered_limit=1000)
+    budget.kept = 949
+    assert not budget.is_nearly_full
+    budget.kept = 950
+    assert budget.is_nearly_full
 
 
 def test_growth_is_taken_up_to_the_limit_and_no_further() -> None:

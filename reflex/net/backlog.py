@@ -1,12 +1,19 @@
-"""Bytes that a socket would not take, in pooled buffers of the smallest tier that fits, in order."""
+"""Bytes that a socket would not take, in order, in pooled buffers that they fill well.
+
+What counts for the process is the memory, not the bytes in it: a backlog reserves each buffer in its owner's
+share before it borrows it, and gives up where the share says so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
-from reflex.pool import TieredPool
+from reflex.pool import TIER_SIZES, TieredPool
+from reflex.protocol.share import Share
 
 LARGEST_SPARE_BYTES: Final = 32_768  # the largest buffer taken for more than what is to be kept at once
+_FILLED_PART: Final = 4  # a buffer is taken where all but so small a part of it, a quarter, is filled at once
 
 
 class _Piece:
@@ -23,33 +30,57 @@ class _Piece:
 class Backlog:
     """A queue of bytes. It owns its buffers and wipes and returns each when its last byte was taken.
 
+    Args:
+        buffers: where its memory is borrowed.
+        share: where that is reserved; None where its owner bounds what it keeps.
+        on_shed: called where another one needs the memory more; it calls :meth:`clear`.
+
     Attributes:
         size_bytes: how much waits.
+        kept_bytes: how much memory is reserved.
     """
 
-    __slots__ = ("_buffers", "_pieces", "size_bytes")
+    __slots__ = ("_buffers", "_on_shed", "_pieces", "_share", "kept_bytes", "moved_at", "size_bytes")
 
-    def __init__(self, buffers: TieredPool) -> None:
+    def __init__(
+        self, buffers: TieredPool, share: Share | None = None, on_shed: Callable[[], None] | None = None
+    ) -> None:
         self._buffers = buffers
+        self._share = share
+        self._on_shed = on_shed
+        self.kept_bytes = 0
+        self.moved_at = 0
         self._pieces: list[_Piece] = []
         self.size_bytes = 0
 
-    def keep(self, data: memoryview) -> None:
-        """Copy ``data``, 1 byte or more, behind what waits."""
+    def keep(self, data: memoryview) -> bool:
+        """Copy ``data``, 1 byte or more, behind what waits. False where there is no room: only a part was copied."""
         rest = data
         if self._pieces:
             last = self._pieces[-1]
             size = min(len(last.buffer) - last.end, len(rest))
             last.buffer[last.end : last.end + size] = rest[:size]
             last.end += size
+            self.size_bytes += size
             rest = rest[size:]
-        if rest:
-            size = len(rest)
+        while rest:
             # Many small pieces share a buffer that grows with what waits already.
-            buffer = self._buffers.acquire(max(size, min(self.size_bytes, LARGEST_SPARE_BYTES)))
-            buffer[:size] = rest
+            wanted = _tier_for(max(len(rest), min(self.size_bytes, LARGEST_SPARE_BYTES)))
+            if self._share is not None and not self._share.reserve(self, wanted):
+                return False
+            buffer = self._buffers.acquire(wanted)
+            size = min(wanted, len(rest))
+            buffer[:size] = rest[:size]
             self._pieces.append(_Piece(buffer, size))
-        self.size_bytes += len(data)
+            self.size_bytes += size
+            rest = rest[size:]
+        return True
+
+    def shed(self) -> None:
+        """Another one needs the memory more: whoever owns this gives up."""
+        if self._on_shed is not None:
+            self._on_shed()
+        self.clear()
 
     def first(self) -> memoryview:
         """The oldest bytes, in one piece; valid until the next call. Empty where nothing waits."""
@@ -65,15 +96,33 @@ class Backlog:
         piece.start += size_bytes
         if piece.start == piece.end:
             del self._pieces[0]
-            self._buffers.release(piece.buffer, piece.end)
+            self._release(piece)
+
+    def _release(self, piece: _Piece) -> None:
+        if self._share is not None:
+            self._share.give_back(self, len(piece.buffer))
+        self._buffers.release(piece.buffer, piece.end)
 
     def clear(self) -> int:
         """Give every buffer back; return how many bytes that dropped."""
         for piece in self._pieces:
-            self._buffers.release(piece.buffer, piece.end)
+            self._release(piece)
         self._pieces.clear()
         dropped, self.size_bytes = self.size_bytes, 0
         return dropped
+
+
+def _tier_for(size_bytes: int) -> int:
+    """The buffer to take for so many bytes: one that holds them all, or a smaller one that they fill.
+
+    Of 100,000 bytes and more, one of the largest; of 33,000 one of 32,768, and one of 2,048 for the rest.
+    """
+    smaller = TIER_SIZES[0]
+    for tier in TIER_SIZES:
+        if size_bytes <= tier:
+            return tier if size_bytes >= tier - tier // _FILLED_PART else smaller
+        smaller = tier
+    return TIER_SIZES[-1]
 
 
 _NOTHING: Final = memoryview(b"")

@@ -7,18 +7,18 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from reflex.errors import DialError
-from reflex.net.dial import dial
+from reflex.net.dial import LookUp, dial, resolve
 from reflex.protocol.address import Address
 
 MAX_ANSWER_BYTES: Final = 8_192
 
 
-async def ask_date(address: Address, *, timeout_s: float) -> int | None:
+async def ask_date(address: Address, *, timeout_s: float, look_up: LookUp = resolve) -> int | None:
     """The server's time, in seconds since 1970, by plain HTTP; None where it does not tell one in time."""
     request = f"HEAD / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode()
     loop = asyncio.get_running_loop()
     try:
-        sock = await dial(address, timeout_s=timeout_s)
+        sock = await dial(address, timeout_s=timeout_s, look_up=look_up)
     except DialError:
         return None
     answer = b""

@@ -16,19 +16,20 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, cast
 
 import aiohappyeyeballs
 
 from reflex.errors import DialError
 from reflex.net.options import is_loopback, set_options
+from reflex.net.resolver import AddrInfo, checked, failure
 from reflex.net.targets import NameVerdict, TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
 
-# Family, type, protocol, canonical name, socket address: what getaddrinfo gives and connecting takes.
-AddrInfo = tuple[int, int, int, str, tuple[Any, ...]]
+# Resolves a name to the addresses for a TCP connection; raises DialError.
+LookUp = Callable[[str, int], Awaitable[list[AddrInfo]]]
 
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5, "Connection Attempt Delay"
 
@@ -43,6 +44,9 @@ _STATUS_OF_ERRNO: Final = {
     errno.EPERM: Status.NOT_ALLOWED,
     errno.EAFNOSUPPORT: Status.ADDRESS_TYPE_NOT_SUPPORTED,  # a machine without IPv6
 }
+
+# What this machine has run out of; nobody else's fault, and over as soon as something is closed here.
+OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 # Where several addresses failed in different ways, the one that says most of the target speaks for all:
 # a refusal came from the target itself, while an unreachable network may only be a missing route for IPv6.
@@ -62,7 +66,7 @@ _FAMILIES: Final = {AddressType.IPV4: socket.AF_INET, AddressType.IPV6: socket.A
 
 
 async def resolve(host: str, port: int, *, family: int = 0) -> list[AddrInfo]:
-    """Resolve a name to the addresses for a TCP connection, in the system's order.
+    """Resolve a name as the event loop does it: for the start, when nobody else waits for its few threads.
 
     Args:
         host: a name, or the text of an IP address.
@@ -73,17 +77,14 @@ async def resolve(host: str, port: int, *, family: int = 0) -> list[AddrInfo]:
         At least one result.
 
     Raises:
-        DialError: HOST_UNREACHABLE; the name has no address, or nobody could be asked.
+        DialError: as :meth:`Resolver.resolve`.
     """
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    except (OSError, ValueError) as error:  # ValueError: a label that is empty or above 63 characters
-        raise DialError(Status.HOST_UNREACHABLE, f"cannot resolve {host}: {_reason(error)}") from error
-    infos: list[AddrInfo] = [info for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
-    if not infos:
-        raise DialError(Status.HOST_UNREACHABLE, f"cannot resolve {host}: it has no address")
-    return infos
+    except (OSError, ValueError) as error:
+        raise failure(host, error) from error
+    return checked(host, found)
 
 
 async def dial(
@@ -93,6 +94,7 @@ async def dial(
     nodelay: bool = True,
     keepalive_s: int = 0,
     policy: TargetPolicy | None = None,
+    look_up: LookUp = resolve,
 ) -> socket.socket:
     """Connect to a target.
 
@@ -103,6 +105,7 @@ async def dial(
         keepalive_s: see :func:`set_options`.
         policy: who may be dialled; None for everybody. Every address is judged, and only those that
             pass are connected to.
+        look_up: resolves the name.
 
     Returns:
         A connected, non-blocking socket, which is the caller's to close.
@@ -112,7 +115,7 @@ async def dial(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            infos = await _allowed_infos(address, policy)
+            infos = await _allowed_infos(address, policy, look_up)
             sock = await _connect_first(address, infos)
     except TimeoutError as error:
         raise DialError(Status.TIMED_OUT, f"{address}: no connection within {timeout_s:g} s") from error
@@ -151,7 +154,7 @@ def begin_connect(
     family = _FAMILIES.get(address.kind)
     if family is None:
         raise ValueError("a name must be resolved first")
-    if policy is not None and not policy.allows_address(address.host, address.port):
+    if policy is not None and not _allows(policy, (address.host, address.port), NameVerdict.ON_ADDRESSES):
         raise _not_allowed(address)
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | _NONBLOCK, socket.IPPROTO_TCP)
@@ -212,19 +215,25 @@ def status_of(error: BaseException) -> Status:
     return Status.GENERAL_FAILURE
 
 
-async def _allowed_infos(address: Address, policy: TargetPolicy | None) -> list[AddrInfo]:
+def is_own_fault(error: DialError) -> bool:
+    """Whether dialling failed because this machine has run out of something."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in OUT_OF_RESOURCES
+
+
+async def _allowed_infos(address: Address, policy: TargetPolicy | None, look_up: LookUp) -> list[AddrInfo]:
     """Give the addresses of a target that may be dialled, at least one. Raises DialError."""
     if address.kind is not AddressType.NAME:
-        if policy is not None and not policy.allows_address(address.host, address.port):
+        if policy is not None and not _allows(policy, (address.host, address.port), NameVerdict.ON_ADDRESSES):
             raise _not_allowed(address)
         sockaddr = (address.host, address.port)
         return [(_FAMILIES[address.kind], socket.SOCK_STREAM, socket.IPPROTO_TCP, "", sockaddr)]
     if policy is None:
-        return await resolve(address.host, address.port)
+        return await look_up(address.host, address.port)
     verdict = policy.allows_name(address.host, address.port)
     if verdict is NameVerdict.DENIED:
         raise _not_allowed(address)
-    infos = await resolve(address.host, address.port)
+    infos = await look_up(address.host, address.port)
     allowed = [info for info in infos if _allows(policy, info[4], verdict)]
     if not allowed:
         raise _not_allowed(address)
@@ -232,9 +241,12 @@ async def _allowed_infos(address: Address, policy: TargetPolicy | None) -> list[
 
 
 def _allows(policy: TargetPolicy, sockaddr: tuple[Any, ...], verdict: NameVerdict) -> bool:
-    """Judge one resolved address: ``(ip, port)``, or ``(ip, port, flow, scope)`` with IPv6."""
+    """Judge one address: ``(ip, port)``, or ``(ip, port, flow, scope)`` with IPv6. Raises DialError: it cannot be."""
     host, port, *flow_and_scope = sockaddr
-    return not any(flow_and_scope) and policy.allows_address(host, port, verdict=verdict)
+    try:
+        return not any(flow_and_scope) and policy.allows_address(host, port, verdict=verdict)
+    except OSError as error:  # no descriptor to ask with
+        raise DialError(status_of(error), f"{host}: {_reason(error)}") from error
 
 
 async def _connect_first(address: Address, infos: list[AddrInfo]) -> socket.socket:

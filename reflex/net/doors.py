@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from reflex.errors import SocksError, TunnelError
 from reflex.metrics import Counters
 from reflex.net.connector import Connector
+from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay, set_reset_on_close
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
@@ -36,6 +37,7 @@ class Door:
     """What every visitor of one local listener shares.
 
     ``target`` is where a forward leads; None for SOCKS5, whose ``credentials`` may be set.
+    ``pressure`` is the process's memory, None where nobody looks at it.
     ``on_end`` is called once for every visitor, when its socket is closed.
     """
 
@@ -47,6 +49,7 @@ class Door:
     target: Address | None
     credentials: tuple[bytes, bytes] | None
     on_end: Callable[[Visitor], None]
+    pressure: Pressure | None = None
 
 
 class Visitor:
@@ -114,6 +117,11 @@ class Visitor:
             self._door.loop.remove_reader(self._sock)
 
     def _request_tunnel(self) -> None:
+        pressure = self._door.pressure
+        if pressure is not None and pressure.is_high():
+            self._door.counters.connections_refused += 1
+            self._refuse(Status.GENERAL_FAILURE)
+            return
         self._attempts += 1
         self._door.connector.request(self)
 

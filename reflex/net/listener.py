@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import errno
 import logging
 import socket
 import struct
@@ -21,6 +20,7 @@ from functools import partial
 from typing import Final, Literal
 
 from reflex.errors import StartError
+from reflex.net.dial import OUT_OF_RESOURCES
 from reflex.net.options import is_loopback, set_options
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ HANDSHAKE_GRACE_S: Final = 0.25
 LOOPBACK_GRACE_S: Final = 0.02
 SETTLE_S: Final = 1.0  # for who is connected when listening ends: to say what it wants
 SETTLE_STEP_S: Final = 0.02
-_OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+NOTE_INTERVAL_S: Final = 10.0  # between log lines about that: it may last, and come and go
 
 
 class Listener:
@@ -43,6 +43,7 @@ class Listener:
         host: a name or address.
         port: 0 for any free one.
         on_accept: called with each accepted socket, non-blocking, which is the callee's.
+        on_pause: called whenever accepting pauses, for who counts that.
 
     Raises:
         StartError: the address cannot be listened on; the text names it and says why.
@@ -54,23 +55,34 @@ class Listener:
         host: str,
         port: int,
         on_accept: Callable[[socket.socket], None],
+        on_pause: Callable[[], None] | None = None,
     ) -> None:
-        self._begin(loop, open_listening(host, port), on_accept)
+        self._begin(loop, open_listening(host, port), on_accept, on_pause)
 
     @classmethod
     def of_socket(
-        cls, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_accept: Callable[[socket.socket], None],
+        on_pause: Callable[[], None] | None = None,
     ) -> Listener:
         """A listener on a socket that listens already; the socket is the listener's from now on."""
         listener = cls.__new__(cls)
-        listener._begin(loop, sock, on_accept)
+        listener._begin(loop, sock, on_accept, on_pause)
         return listener
 
     def _begin(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_accept: Callable[[socket.socket], None],
+        on_pause: Callable[[], None] | None,
     ) -> None:
         self._loop = loop
         self._on_accept = on_accept
+        self._on_pause = on_pause
+        self._next_note_s = 0.0
         self._pause_timer: asyncio.TimerHandle | None = None
         self._sock = sock
         self._options: Callable[[socket.socket], None] | None = None
@@ -88,9 +100,14 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in _OUT_OF_RESOURCES:
+                if error.errno not in OUT_OF_RESOURCES:
                     raise
-                log.warning("cannot accept on %s: %s; pausing", self.address, error.strerror)
+                now_s = self._loop.time()
+                if now_s >= self._next_note_s:
+                    self._next_note_s = now_s + NOTE_INTERVAL_S
+                    log.warning("cannot accept on %s: %s; pausing", self.address, error.strerror)
+                if self._on_pause is not None:
+                    self._on_pause()
                 self._loop.remove_reader(self._sock)
                 self._pause_timer = self._loop.call_later(PAUSE_S, self._go_on)
                 return

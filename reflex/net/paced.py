@@ -67,31 +67,41 @@ class PacedRelay(TargetRelay):
             return
         if data:
             self.last_tick = self.tunnel.tick
-            if self._kept is None:
-                self._kept = Backlog(self._buffers)
+            kept = self._kept
+            if kept is None:
+                kept = self._kept = Backlog(self._buffers, self.tunnel.session.share, self.on_memory_used_up)
                 self._up.wait(self._deliver_in_turn)
-            self._kept.keep(data)
+            waiting = kept.size_bytes
+            if not kept.keep(data):
+                self.tunnel.session.consumed(self.stream, len(data) - (kept.size_bytes - waiting))
+                self.on_memory_used_up()
 
     def _deliver_in_turn(self) -> None:
-        kept, self._kept = self._kept, None  # while it is delivered from, an end must not give it back
+        kept = self._kept
         if kept is None or self.ended:
             return
         tunnel = self.tunnel
         session = tunnel.session
         session.now_s = self._loop.time()
-        while (waiting := kept.first()) and (allowed := self._up.allowance(len(waiting))):
+        while not self.ended and (waiting := kept.first()) and (allowed := self._up.allowance(len(waiting))):
             self._up.take(allowed)
-            super().on_data(waiting[:allowed])
-            kept.taken(allowed)
-            if self.ended:
-                session.consumed(self.stream, kept.clear())
-                break
+            # From a copy: to deliver may need memory, and that may end this relay and all that it keeps.
+            piece = self._buffers.acquire(allowed)
+            try:
+                piece[:allowed] = waiting[:allowed]
+                kept.taken(allowed)
+                super().on_data(piece[:allowed])
+            finally:
+                self._buffers.release(piece, allowed)
+        if self.ended:
+            return
         if kept.size_bytes:
-            self._kept = kept
             self._up.wait(self._deliver_in_turn)
-        elif self._fin_is_kept and not self.ended:
-            self._fin_is_kept = False
-            super().on_fin()
+        else:
+            self._kept = None
+            if self._fin_is_kept:
+                self._fin_is_kept = False
+                super().on_fin()
         if not tunnel.ended and session.unsent_bytes:
             tunnel.flush_soon()
 

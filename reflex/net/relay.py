@@ -210,9 +210,12 @@ class Relay:
             if sent == size:
                 return
             self._write_again()
+        waiting = 0 if backlog is None else backlog.size_bytes
         if backlog is None:
-            backlog = self._backlog = Backlog(self._buffers)
-        backlog.keep(data[sent:] if sent else data)
+            backlog = self._backlog = Backlog(self._buffers, tunnel.session.share, self.on_memory_used_up)
+        if not backlog.keep(data[sent:] if sent else data):
+            tunnel.session.consumed(self.stream, size - sent - (backlog.size_bytes - waiting))
+            self.on_memory_used_up()
 
     def _write_again(self) -> None:
         if not self._is_writing:
@@ -298,6 +301,11 @@ class Relay:
     def on_idle(self) -> None:
         """No byte has moved for the idle time-out."""
         self._reset_stream(Code.IDLE)
+
+    def on_memory_used_up(self) -> None:
+        """The process has no memory left for what waits here."""
+        self._counters.streams_shed += 1
+        self._reset_stream(Code.LIMIT)
 
     def on_local_error(self) -> None:
         """The local socket failed or was reset: so is the stream."""

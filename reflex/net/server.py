@@ -7,11 +7,13 @@ import logging
 import secrets
 import socket
 import time
+from functools import partial
 from typing import Final
 
 from reflex.errors import AuthenticationFailed, DialError, TunnelError
 from reflex.net.clock import ask_date
-from reflex.net.dial import dial
+from reflex.net.dial import dial, is_own_fault
+from reflex.net.resolver import Resolver
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, ClientHandshake, SessionSecrets
 from reflex.protocol.pools import Pools
@@ -35,6 +37,7 @@ class Server:
         pools: where the hellos' buffers are borrowed.
         connect_timeout_s: for the TCP connection.
         handshake_timeout_s: for the server's answer.
+        resolver: for its name; every server has its share of the threads.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Server:
         handshake_timeout_s: float,
         nodelay: bool,
         keepalive_s: int,
+        resolver: Resolver | None = None,
     ) -> None:
         self.address = address
         self._credentials = credentials
@@ -57,7 +61,9 @@ class Server:
         self._handshake_timeout_s = handshake_timeout_s
         self._nodelay = nodelay
         self._keepalive_s = keepalive_s
+        self._resolver = resolver or Resolver()
         self._failures = 0
+        self._is_own_fault = False  # that the last attempt failed
         self.not_before_s = 0.0  # loop time of the next attempt
         self._clock_shift_s = 0  # what is added to this machine's clock for a hello
 
@@ -69,9 +75,14 @@ class Server:
         self.not_before_s = 0.0
 
     def failed(self, now_s: float) -> None:
-        """It did not: the next attempt waits, longer each time, and not in step with other clients'."""
-        delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
-        self._failures = min(self._failures + 1, 16)
+        """It did not: the next attempt waits, longer each time, and not in step with other clients'.
+
+        Where this machine had no descriptor left, the server is not to blame, and waiting longer helps nobody.
+        """
+        delay_s = FIRST_DELAY_S
+        if not self._is_own_fault:
+            delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
+            self._failures = min(self._failures + 1, 16)
         self.not_before_s = now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000)
 
     # Making a tunnel.
@@ -132,9 +143,12 @@ class Server:
                 timeout_s=self._connect_timeout_s,
                 nodelay=self._nodelay,
                 keepalive_s=self._keepalive_s,
+                look_up=partial(self._resolver.resolve, self),
             )
         except DialError as error:
+            self._is_own_fault = is_own_fault(error)
             raise TunnelError(f"cannot connect to the server: {error}") from None
+        self._is_own_fault = False
         try:
             async with asyncio.timeout(self._handshake_timeout_s):
                 return sock, await self._shake_hands(sock)
@@ -177,7 +191,11 @@ class Server:
 
     async def _shift_by_date(self) -> int | None:
         """How far the server's clock is ahead of ours, by its web server's Date; None where it tells none."""
-        date_s = await ask_date(self.address, timeout_s=min(3.0, self._connect_timeout_s))
+        date_s = await ask_date(
+            self.address,
+            timeout_s=min(3.0, self._connect_timeout_s),
+            look_up=partial(self._resolver.resolve, self),
+        )
         return None if date_s is None else date_s - int(time.time())
 
     def learn_time(self, peer_time_ms: int) -> None:

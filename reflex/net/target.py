@@ -6,11 +6,13 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from reflex.errors import DialError
 from reflex.metrics import Counters
 from reflex.net.dial import begin_connect, dial, finish_connect, is_connected
 from reflex.net.relay import Relay, set_reset_on_close
+from reflex.net.resolver import Resolver
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
@@ -22,12 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class Dialling:
-    """What every target of one server shares: the policy, the time-out, the options of sockets."""
+    """What every target of one server shares: the policy, the time-out, the options of sockets, the resolver."""
 
-    __slots__ = ("keepalive_s", "nodelay", "policy", "timeout_s")
+    __slots__ = ("keepalive_s", "nodelay", "policy", "resolver", "timeout_s")
 
     def __init__(self, *, policy: TargetPolicy, timeout_s: float, nodelay: bool, keepalive_s: int) -> None:
         self.policy = policy
+        self.resolver = Resolver()
         self.timeout_s = timeout_s
         self.nodelay = nodelay
         self.keepalive_s = keepalive_s
@@ -98,6 +101,7 @@ class TargetRelay(Relay):
                 nodelay=dialling.nodelay,
                 keepalive_s=dialling.keepalive_s,
                 policy=dialling.policy,
+                look_up=partial(dialling.resolver.resolve, self.tunnel.session.share),  # the share stands for its user
             )
         except DialError as error:
             self._task = None

@@ -3,7 +3,11 @@
 1. A deny rule wins over everything.
 2. An allow rule wins over the table below; one that matches a name vouches for the addresses of that
    name, except those that a deny rule matches.
-3. What no rule matches must be a public address, by the table below.
+3. What no rule matches must be a public address, by the table below, and not this machine's own: a
+   client reaches nothing that listens here, the server itself least of all, as if it came from here.
+4. An IPv6 address that holds an IPv4 one (NAT64, 6to4, Teredo, IPv4-compatible, IPv4-translated) leads
+   there, so both are judged: a deny rule on either wins, and to allow the IPv6 network is not to allow
+   the inner network behind it. An IPv4-mapped address *is* the IPv4 address.
 
 A name is judged before it is resolved and its addresses after; what was judged is what is dialled
 (``dial.py`` does not resolve twice), so a name that changes its addresses gains nothing.
@@ -22,11 +26,13 @@ and is on the strict side: small anycast blocks within 192.0.0.0/24 and 2001::/2
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum, auto
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple, Protocol
+
+from reflex.net.own_addresses import is_own
 
 _NOT_PUBLIC_V4: Final = (
     IPv4Network("0.0.0.0/8"),  # this network, RFC 791; Linux dials 0.0.0.0 as itself
@@ -61,6 +67,25 @@ _V4_RANGES: Final = tuple((int(n.network_address), int(n.netmask)) for n in _NOT
 _V6_RANGES: Final = tuple((int(n.network_address), int(n.netmask)) for n in _NOT_PUBLIC_V6)
 _GLOBAL_UNICAST_SHIFT: Final = 128 - _GLOBAL_UNICAST_V6.prefixlen
 _GLOBAL_UNICAST_PREFIX: Final = int(_GLOBAL_UNICAST_V6.network_address) >> _GLOBAL_UNICAST_SHIFT
+_V4_BITS: Final = 32
+_V4_MASK: Final = 2**_V4_BITS - 1
+
+# Where IPv6 addresses hold IPv4 ones: the network, and how far they are from the right end, in bits.
+_HOLDERS: Final = (
+    (IPv6Network("::/96"), 0),  # IPv4-compatible, RFC 4291, section 2.5.5.1
+    (IPv6Network("::ffff:0:0:0/96"), 0),  # IPv4-translated, RFC 7915 and RFC 2765
+    (IPv6Network("64:ff9b::/96"), 0),  # NAT64, RFC 6052
+    (IPv6Network("2002::/16"), 80),  # 6to4, RFC 3056
+    (IPv6Network("2001::/32"), 64),  # Teredo, RFC 4380: its server; its client is turned over, see _held
+)
+_TEREDO: Final = IPv6Network("2001::/32")
+# NAT64 of one's own, RFC 8215. How long its prefix is, only its operator knows; by that the IPv4 address lies
+# in one of four places (RFC 6052, section 2.2, which leaves out the bits 64 to 71).
+_LOCAL_NAT64: Final = IPv6Network("64:ff9b:1::/48")
+_LOCAL_NAT64_PREFIXES: Final = (48, 56, 64, 96)
+_U_OCTET_SHIFT: Final = 56  # those bits, counted from the right end
+_UNSPECIFIED_V6: Final = frozenset((IPv6Address("::"), IPv6Address("::1")))  # in ::/96, and hold nothing
+
 _VERDICTS: Final = 4096  # judged addresses remembered by a policy; about 1 MiB when full
 
 
@@ -127,11 +152,15 @@ class TargetPolicy:
     Args:
         allow: what may be dialled although it is not public.
         deny: what may not, whatever else says so.
+        is_own: whether an address is this machine's own; may raise OSError.
     """
 
-    def __init__(self, allow: Iterable[Rule] = (), deny: Iterable[Rule] = ()) -> None:
+    def __init__(
+        self, allow: Iterable[Rule] = (), deny: Iterable[Rule] = (), *, is_own: Callable[[str], bool] = is_own
+    ) -> None:
         self._allow = tuple(map(_Matcher.of, allow))
         self._deny = tuple(map(_Matcher.of, deny))
+        self._is_own = is_own
         self._remembered = lru_cache(_VERDICTS)(self._judge)
 
     def allows_name(self, name: str, port: int) -> NameVerdict:
@@ -150,18 +179,29 @@ class TargetPolicy:
             ip_text: an IPv4 or IPv6 address; what is neither, or has a scope (``%eth0``), is refused.
             port: of the target.
             verdict: on the name that the address was resolved from, where there was one.
-        """
-        return self._remembered(ip_text, port, verdict)
 
-    def _judge(self, ip_text: str, port: int, verdict: NameVerdict) -> bool:
+        Raises:
+            OSError: whether it is this machine's own cannot be known now.
+        """
+        unless_own = self._remembered(ip_text, port, verdict)
+        # Machines change their addresses, so that is asked each time.
+        return unless_own is not None and not any(map(self._is_own, unless_own))
+
+    def _judge(self, ip_text: str, port: int, verdict: NameVerdict) -> tuple[str, ...] | None:
+        """None: refused. Else it may be dialled, unless this machine has one of the addresses given."""
         ip = _parse(ip_text)
         if ip is None or verdict is NameVerdict.DENIED:
-            return False
-        if any(rule.matches_address(ip, port) for rule in self._deny):
-            return False
-        if verdict is NameVerdict.ALLOWED or any(rule.matches_address(ip, port) for rule in self._allow):
-            return True
-        return _is_public(ip)
+            return None
+        unless_own: list[str] = []
+        for each in (ip, *_held(ip)):
+            if any(rule.matches_address(each, port) for rule in self._deny):
+                return None
+            if verdict is NameVerdict.ALLOWED or any(rule.matches_address(each, port) for rule in self._allow):
+                continue  # by a rule, this machine or not
+            if not _is_public(each):
+                return None
+            unless_own.append(str(each))
+        return tuple(unless_own)
 
 
 def is_public(ip_text: str) -> bool:
@@ -177,6 +217,32 @@ def _is_public(ip: IPv4Address | IPv6Address) -> bool:
     if number >> _GLOBAL_UNICAST_SHIFT != _GLOBAL_UNICAST_PREFIX:
         return False
     return not any(number & mask == network for network, mask in _V6_RANGES)
+
+
+def _held(ip: IPv4Address | IPv6Address) -> Iterator[IPv4Address]:
+    """The IPv4 addresses that an IPv6 address holds, and to which packets for it may go."""
+    if isinstance(ip, IPv4Address) or ip in _UNSPECIFIED_V6:
+        return
+    number = int(ip)
+    for network, shift in _HOLDERS:
+        if ip in network:
+            yield IPv4Address(number >> shift & _V4_MASK)
+    if ip in _TEREDO:
+        yield IPv4Address(~number & _V4_MASK)
+    if ip in _LOCAL_NAT64:
+        found = list(_held_by_local_nat64(number))
+        # A place that holds zeros is not the one. Where all do, none is left out, and all are refused.
+        yield from [each for each in found if int(each) >> 24] or found
+
+
+def _held_by_local_nat64(number: int) -> Iterator[IPv4Address]:
+    low = number & ((1 << _U_OCTET_SHIFT) - 1)
+    without_octet = number >> (_U_OCTET_SHIFT + 8) << _U_OCTET_SHIFT | low  # 120 bits
+    for prefix_bits in _LOCAL_NAT64_PREFIXES:
+        if prefix_bits == _LOCAL_NAT64_PREFIXES[-1]:
+            yield IPv4Address(number & _V4_MASK)
+        else:
+            yield IPv4Address(without_octet >> (120 - prefix_bits - _V4_BITS) & _V4_MASK)
 
 
 def _parse(ip_text: str) -> IPv4Address | IPv6Address | None:

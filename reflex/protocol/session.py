@@ -9,7 +9,7 @@ announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the se
 
 Credit of a stream is given back when the application has consumed the bytes. Credit of the session is
 given back on arrival, so that one stream whose reader is slow does not stop the others, for as long as
-the process's budget of buffered bytes lasts; from there on it, too, waits for the reader.
+the owner's share of the process's budget lasts; from there on it, too, waits for the reader.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from reflex.protocol.incoming import HANDLERS
 from reflex.protocol.keys import CipherState
 from reflex.protocol.liveness import Liveness
 from reflex.protocol.pools import Pools
+from reflex.protocol.share import Share
 from reflex.protocol.streams import MAY_RECEIVE, MAY_SEND, Stream
 from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
@@ -72,6 +73,7 @@ class Session:
     Attributes:
         now_s: monotonic seconds; the application sets it before it draws events or reports
             consumed bytes.
+        share: its owner's part of the process's budget.
         streams: the live streams by id.
         sealed_records: empty unless sealed bytes wait to be sent; for those who ask at every turn.
         peer_time_ms: the peer's clock when it sent its SETTINGS, ms since 1970; 0 until then.
@@ -101,6 +103,7 @@ class Session:
         "now_s",
         "peer_time_ms",
         "sealed_records",
+        "share",
         "streams",
     )
 
@@ -115,6 +118,7 @@ class Session:
         max_streams: int = DEFAULT_MAX_STREAMS,
         keepalive_s: float = KEEPALIVE_S,
         budget: Budget | None = None,
+        share: Share | None = None,
     ) -> None:
         outgoing, incoming = secrets.root_client_to_server, secrets.root_server_to_client
         if not is_client:
@@ -125,7 +129,8 @@ class Session:
         self._frames = pools.frames
         self._event = Event()
         self._is_client = is_client
-        self._budget = budget or Budget()
+        self.share = share or Share(budget or Budget())
+        self._budget = self.share.budget
         self.streams: dict[int, Stream] = {}
         self._highest_id = -1  # of the client's streams: the last one opened
         self._max_streams = 0 if is_client else max_streams  # what the peer may have open
@@ -160,6 +165,7 @@ class Session:
         now_s: float = 0.0,
         keepalive_s: float = KEEPALIVE_S,
         budget: Budget | None = None,
+        share: Share | None = None,
     ) -> Session:
         """The half that connects and opens streams.
 
@@ -170,6 +176,7 @@ class Session:
             now_s: monotonic seconds.
             keepalive_s: after how long without sending a PING is due.
             budget: what all sessions of the process share; by default one of its own.
+            share: the part of it that its owner's sessions have together; by default one of its own.
         """
         return cls(
             secrets,
@@ -179,6 +186,7 @@ class Session:
             now_s=now_s,
             keepalive_s=keepalive_s,
             budget=budget,
+            share=share,
         )
 
     @classmethod
@@ -192,6 +200,7 @@ class Session:
         max_streams: int = DEFAULT_MAX_STREAMS,
         keepalive_s: float = KEEPALIVE_S,
         budget: Budget | None = None,
+        share: Share | None = None,
     ) -> Session:
         """The half that accepts. ``max_streams``: how many the client may have open; the rest as for a client."""
         return cls(
@@ -203,6 +212,7 @@ class Session:
             max_streams=max_streams,
             keepalive_s=keepalive_s,
             budget=budget,
+            share=share,
         )
 
     # Bytes in, events out.
@@ -236,6 +246,7 @@ class Session:
         live = self.streams
         session_window = self._receive_window
         budget = self._budget
+        share = self.share
         try:
             while (body := decoder.next_body()) is not None:
                 size = len(body)
@@ -273,7 +284,7 @@ class Session:
                     window.available -= payload_bytes
                     stream.held_bytes += payload_bytes
                     budget.buffered += payload_bytes
-                    if budget.buffered > budget.buffered_limit:
+                    if share.kept + budget.buffered + budget.growth > share.soft_limit:
                         self._withheld += payload_bytes
                     else:
                         session_window.owed += payload_bytes
@@ -311,10 +322,16 @@ class Session:
         stream.held_bytes += size_bytes
         budget = self._budget
         budget.buffered += size_bytes
-        if budget.buffered <= budget.buffered_limit:
+        share = self.share
+        if share.kept + budget.buffered + budget.growth <= share.soft_limit:
             self._give_session_credit(size_bytes)
         else:
             self._withheld += size_bytes
+
+    def _has_room_to_hold(self) -> bool:
+        """As in :meth:`_hold`: whether its owner keeps no more than what the process has left."""
+        budget = self._budget
+        return self.share.kept + budget.buffered + budget.growth <= self.share.soft_limit
 
     def _check_was_opened(self, stream_id: int) -> None:
         # Ids of the client are odd and rising; version 1's server opens none.
@@ -533,6 +550,9 @@ class Session:
             return True
         if self._liveness.ping_is_due(self.now_s):
             self.ping()
+        if self._withheld and not self._is_ending and self._has_room_to_hold():
+            withheld, self._withheld = self._withheld, 0
+            self._give_session_credit(withheld)  # others have made room
         return False
 
     # Bytes out.

@@ -8,14 +8,19 @@ for the stream and a budget for all of the process.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from reflex.errors import FlowControlError, WindowExceeded
 from reflex.protocol.wire import MAX_WINDOW
 
+if TYPE_CHECKING:
+    from reflex.protocol.share import Share
+
 MAX_STREAM_RECEIVE_WINDOW: Final = 16 * 1024 * 1024
-GROWTH_BUDGET: Final = 256 * 1024 * 1024  # what all windows of a process may have grown together
-BUFFER_BUDGET: Final = 256 * 1024 * 1024  # received bytes that wait for their reader, in a process
+BUFFER_BUDGET: Final = 256 * 1024 * 1024  # memory for received bytes that wait for their reader, in a process
+GROWTH_PART: Final = 2  # the part of it that all windows of a process may have grown together: a half
+# From so much of it in use, new streams are refused: what is left is for those that there are.
+NEARLY_FULL_PERCENT: Final = 95
 # Credit is told at half a window, and no later than this: of a large window the sender would otherwise
 # use up the second half before the credit for the first has come back over a long way.
 MAX_UPDATE_BYTES: Final = 1024 * 1024
@@ -24,18 +29,36 @@ GROWTH_ROUND_TRIPS: Final = 2.0
 
 
 class Budget:
-    """What all sessions of a process share: window growth, and received bytes not yet taken.
+    """What all sessions of a process share: window growth, and memory for received bytes not yet taken.
 
     Plain counters for one thread: the one that runs the sessions.
+
+    Attributes:
+        growth: bytes by which windows have grown.
+        buffered: received bytes that the application has, and has not consumed.
+        kept: bytes of memory in which some of those wait (:mod:`reflex.protocol.share`); never above
+            ``buffered_limit``.
+        high_water: the most that ``kept`` ever was.
+        reservations: how often memory was asked for.
+        shares: those that keep anything.
     """
 
-    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit")
+    __slots__ = ("buffered", "buffered_limit", "growth", "growth_limit", "high_water", "kept", "reservations", "shares")
 
-    def __init__(self, *, growth_limit: int = GROWTH_BUDGET, buffered_limit: int = BUFFER_BUDGET) -> None:
+    def __init__(self, *, buffered_limit: int = BUFFER_BUDGET, growth_limit: int | None = None) -> None:
         self.growth = 0
-        self.growth_limit = growth_limit
+        self.growth_limit = buffered_limit // GROWTH_PART if growth_limit is None else growth_limit
         self.buffered = 0
         self.buffered_limit = buffered_limit
+        self.kept = 0
+        self.high_water = 0
+        self.reservations = 0
+        self.shares: dict[Share, None] = {}
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether no new streams should be taken."""
+        return 100 * self.kept >= NEARLY_FULL_PERCENT * self.buffered_limit
 
     def take_growth(self, size_bytes: int) -> bool:
         """Reserve window growth; False, and nothing reserved, where the budget does not hold it."""

@@ -1,0 +1,382 @@
+"""What happens when descriptors or memory run out, as real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import (
+    EchoServer,
+    Keys,
+    LoopbackServer,
+    Process,
+    SocksReplyError,
+    cpu_seconds,
+    eventually,
+    make_pair,
+    pss_bytes,
+    receive_exactly,
+    socks_connect,
+    start_inbound,
+    start_outbound,
+)
+
+BOUND_S = 20
+RECOVERY_S = 1.0
+WATCHED_S = 1.0  # how long a process without descriptors is watched
+CPU_SHARE = 0.2  # of one processor, at most, while it waits for descriptors
+GENERAL_FAILURE, HOST_UNREACHABLE = 1, 4  # SOCKS5's replies
+
+
+def statistics(process: Process) -> dict[str, Any]:
+    seen = len(process.lines)
+    process.send_signal(signal.SIGUSR1)
+    found: dict[str, Any] = json.loads(process.wait_for_line(r"statistics: (\{.*)", since=seen).group(1))
+    return found
+
+
+# Descriptors.
+
+
+class Descriptors:
+    """The limit of a running process's open files."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+
+    def leave(self, count: int) -> None:
+        """Let the process open so many files more."""
+        used = {int(path.name) for path in Path(f"/proc/{self._process.pid}/fd").iterdir()}
+        limit = 0
+        while count or limit in used:
+            count -= limit not in used
+            limit += 1
+        resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, (limit, self._before[1]))
+
+    def make_room(self) -> None:
+        resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, self._before)
+
+
+def echo(sock: socket.socket, data: bytes = b"alive") -> None:
+    sock.sendall(data)
+    assert receive_exactly(sock, len(data)) == data
+
+
+def watch_cpu_and_echo(process: Process, sock: socket.socket) -> float:
+    """Use a connection for a while; give the share of a processor that the process took."""
+    started_s, before_s = time.monotonic(), cpu_seconds(process.pid)
+    while time.monotonic() - started_s < WATCHED_S:
+        echo(sock)
+        time.sleep(0.1)
+    return (cpu_seconds(process.pid) - before_s) / (time.monotonic() - started_s)
+
+
+def test_a_server_without_descriptors_pauses_accepting_and_goes_on_with_the_rest(tmp_path: Path) -> None:
+    with (
+        EchoServer() as target,
+        make_pair(tmp_path) as pair,
+        socks_connect(pair.socks_port, "127.0.0.1", target.port) as running,
+        ThreadPoolExecutor() as threads,
+    ):
+        echo(running)
+        descriptors = Descriptors(pair.inbound)
+        descriptors.leave(0)
+        second = tmp_path / "second"
+        second.mkdir()
+        with start_outbound(second, pair.keys, pair.inbound_port) as other:
+            port = other.wait_ready()[0][1]
+            waiting = threads.submit(socks_connect, port, "127.0.0.1", target.port)
+            pair.inbound.wait_for_line("cannot accept on .*: Too many open files; pausing")
+            assert watch_cpu_and_echo(pair.inbound, running) < CPU_SHARE
+            for host in ("127.0.0.1", "localhost"):
+                with pytest.raises(SocksReplyError) as caught:
+                    socks_connect(pair.socks_port, host, target.port)
+                assert caught.value.status in (GENERAL_FAILURE, HOST_UNREACHABLE)
+            assert sum("; pausing" in line for line in pair.inbound.lines) == 1
+            assert not waiting.done()
+            assert statistics(pair.inbound)["counters"]["accept_pauses"] >= 2
+            made_s = time.monotonic()
+            descriptors.make_room()
+            with waiting.result(BOUND_S) as served:
+                assert time.monotonic() - made_s < RECOVERY_S
+                echo(served)
+            with socks_connect(pair.socks_port, "localhost", target.port) as sock:
+                echo(sock)
+            echo(running)
+
+
+def test_a_client_without_descriptors_pauses_accepting_and_goes_on_with_the_rest(tmp_path: Path) -> None:
+    with (
+        EchoServer() as target,
+        make_pair(tmp_path) as pair,
+        socks_connect(pair.socks_port, "127.0.0.1", target.port) as running,
+        ThreadPoolExecutor() as threads,
+    ):
+        echo(running)
+        descriptors = Descriptors(pair.outbound)
+        descriptors.leave(0)
+        waiting = threads.submit(socks_connect, pair.socks_port, "127.0.0.1", target.port)
+        pair.outbound.wait_for_line("cannot accept on .*: Too many open files; pausing")
+        assert watch_cpu_and_echo(pair.outbound, running) < CPU_SHARE
+        assert not waiting.done()
+        made_s = time.monotonic()
+        descriptors.make_room()
+        with waiting.result(BOUND_S) as served:
+            assert time.monotonic() - made_s < RECOVERY_S
+            echo(served)
+        echo(running)
+
+
+def test_a_client_without_a_descriptor_for_a_tunnel_says_so_and_recovers_at_once(tmp_path: Path) -> None:
+    with EchoServer() as target, make_pair(tmp_path) as pair:
+        descriptors = Descriptors(pair.outbound)
+        descriptors.leave(1)  # for the application's connection
+        for _ in range(6):  # a server that fails so often would be left alone for 4 s
+            with pytest.raises(SocksReplyError) as caught:
+                socks_connect(pair.socks_port, "127.0.0.1", target.port)
+            assert caught.value.status == GENERAL_FAILURE
+        pair.outbound.wait_for_line("WARNING .*cannot connect to the server: .*: Too many open files")
+        made_s = time.monotonic()
+        descriptors.make_room()
+        with socks_connect(pair.socks_port, "127.0.0.1", target.port) as sock:
+            assert time.monotonic() - made_s < RECOVERY_S
+            echo(sock)
+
+
+# Memory.
+
+MIB = 1 << 20
+LIMIT_BYTES = 32 * MIB
+# What a process takes besides waiting bytes: pools, a record of each tunnel, the allocator's rounding, threads.
+BESIDES_BYTES = 12 * MIB
+
+
+@contextlib.contextmanager
+def never_reading() -> Iterator[int]:
+    """A port that takes connections (the kernel does) into the smallest of buffers, and never reads a byte."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(512)
+        yield sock.getsockname()[1]
+
+
+def send_while_taken(sock: socket.socket, size: int) -> int:
+    """Send until nothing more is taken for a while, or it is reset; give how much that was."""
+    sock.settimeout(1.0)
+    block = bytes(65_536)
+    sent = 0
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while sent < size:
+            sent += sock.send(block)
+    return sent
+
+
+class Pss:
+    """The most memory that a process had while it was watched, looked at all the time."""
+
+    def __init__(self, process: Process) -> None:
+        self.before_bytes = pss_bytes(process.pid)
+        self.most_bytes = self.before_bytes
+        self._process = process
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.05):
+            self.most_bytes = max(self.most_bytes, pss_bytes(self._process.pid))
+
+    @property
+    def growth_bytes(self) -> int:
+        return self.most_bytes - self.before_bytes
+
+    def __enter__(self) -> Pss:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+# The kernel would take megabytes for each target that does not read, before the server has to keep anything.
+SMALL_SEND_BUFFERS = """
+import socket
+from reflex.net import target
+_begin = target.begin_connect
+def _begin_small(*arguments, **options):
+    sock = _begin(*arguments, **options)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return sock
+target.begin_connect = _begin_small
+"""
+
+
+@contextlib.contextmanager
+def clients(directory: Path, count: int, limits: dict[str, object]) -> Iterator[tuple[Process, list[Process]]]:
+    """A server with those limits, and clients with a user each."""
+    keys = [Keys.generate() for _ in range(count)]
+    users = [{"name": f"user{n}", "id": each.user_id, "key": each.user_key} for n, each in enumerate(keys)]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            start_inbound(directory, keys[0], {"users": users, "limits": limits}, prelude=SMALL_SEND_BUFFERS)
+        )
+        port = server.wait_ready()[0][1]
+        started = []
+        for number, each in enumerate(keys):
+            own = directory / f"client{number}"
+            own.mkdir()
+            both = Keys(keys[0].private_key, keys[0].public_key, each.user_id, each.user_key)
+            pool = {"pool": {"max_streams": 16, "max_tunnels": 16}}
+            started.append(stack.enter_context(start_outbound(own, both, port, pool)))
+        yield server, started
+
+
+def open_streams(socks_port: int, target_port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """So many connections to a target, those left out that were refused for want of memory."""
+    sockets = []
+    for _ in range(count):
+        with contextlib.suppress(SocksReplyError):
+            sockets.append(stack.enter_context(socks_connect(socks_port, "127.0.0.1", target_port)))
+    return sockets
+
+
+def pass_on(sock: socket.socket, size: int, threads: ThreadPoolExecutor) -> None:
+    """Send so many bytes to an echo, and get all of them back."""
+    data = secrets.token_bytes(size)
+    sender = threads.submit(sock.sendall, data)
+    assert receive_exactly(sock, size) == data
+    sender.result(BOUND_S)
+
+
+def test_slow_readers_of_one_user_get_a_share_of_the_servers_memory_and_others_go_on(tmp_path: Path) -> None:
+    with (
+        never_reading() as slow,
+        EchoServer() as target,
+        clients(tmp_path, 2, {"buffered_bytes": LIMIT_BYTES}) as (server, [mallory, alice]),
+        ThreadPoolExecutor(128) as threads,
+        contextlib.ExitStack() as stack,
+    ):
+        ports = [each.wait_ready()[0][1] for each in (mallory, alice)]
+        with socks_connect(ports[1], "127.0.0.1", target.port) as running, Pss(server) as memory:
+            echo(running)
+            sockets = open_streams(ports[0], slow, 120, stack)
+            assert len(sockets) == 120
+            sending = [threads.submit(send_while_taken, sock, 2 * MIB) for sock in sockets]
+            # Half of it, and what had credit already: a first window for each of 8 tunnels.
+            assert eventually(lambda: statistics(server)["gauges"]["buffered_bytes"] >= LIMIT_BYTES / 2)
+            for size in (5, 3 * MIB):
+                pass_on(running, size, threads)  # who reads is served
+            with socks_connect(ports[1], "127.0.0.1", target.port) as sock:
+                echo(sock)
+            for each in sending:
+                each.result(BOUND_S)
+        found = statistics(server)
+        print("\nserver grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
+        assert found["gauges"]["buffered_bytes_high_water"] <= LIMIT_BYTES
+        assert memory.growth_bytes < LIMIT_BYTES + BESIDES_BYTES
+        mallory.kill()
+        assert eventually(lambda: statistics(server)["gauges"]["buffered_bytes"] == 0, within_s=BOUND_S)
+
+
+def test_where_more_arrives_than_fits_streams_that_keep_most_are_reset_and_others_go_on(tmp_path: Path) -> None:
+    limit_bytes = 2 * MIB  # less than what 8 tunnels may send before anybody says anything
+    with (
+        never_reading() as slow,
+        EchoServer() as target,
+        clients(tmp_path, 2, {"buffered_bytes": limit_bytes}) as (server, [mallory, alice]),
+        ThreadPoolExecutor(128) as threads,
+        contextlib.ExitStack() as stack,
+    ):
+        ports = [each.wait_ready()[0][1] for each in (mallory, alice)]
+        with socks_connect(ports[1], "127.0.0.1", target.port) as running, Pss(server) as memory:
+            echo(running)
+            sockets = open_streams(ports[0], slow, 120, stack)
+            assert len(sockets) == 120
+            sending = [threads.submit(send_while_taken, sock, 2 * MIB) for sock in sockets]
+            for _ in range(20):
+                pass_on(running, 300_000, threads)  # never so much at once that she keeps more than he
+            for each in sending:
+                each.result(BOUND_S)
+            pass_on(running, 300_000, threads)
+        found = statistics(server)
+        print("\nserver grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
+        assert found["counters"]["streams_shed"] > 0
+        assert found["counters"]["protocol_errors"] == found["counters"]["tunnels_lost"] == 0
+        assert found["gauges"]["buffered_bytes_high_water"] <= limit_bytes
+        assert memory.growth_bytes < limit_bytes + BESIDES_BYTES
+        mallory.kill()
+        assert eventually(lambda: statistics(server)["gauges"]["buffered_bytes"] == 0, within_s=BOUND_S)
+        with socks_connect(ports[1], "127.0.0.1", target.port) as sock:
+            echo(sock)
+
+
+# The same for the client's local connections; its tunnels get them as well.
+SMALL_LOCAL_SEND_BUFFERS = """
+import socket
+from reflex.net import dial
+_set_options = dial.set_options
+def _set_small(sock, **options):
+    _set_options(sock, **options)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+dial.set_options = _set_small
+"""
+
+
+class Pouring(LoopbackServer):
+    """Sends without end."""
+
+    def serve(self, sock: socket.socket) -> None:
+        block = bytes(65_536)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                sock.sendall(block)
+
+
+def test_applications_that_do_not_read_get_a_share_of_the_clients_memory_and_others_go_on(tmp_path: Path) -> None:
+    keys = Keys.generate()
+    limit_bytes = 16 * MIB  # less than the windows of 120 streams
+    with (
+        Pouring() as origin,
+        EchoServer() as target,
+        start_inbound(tmp_path, keys) as server,
+        ThreadPoolExecutor(4) as threads,
+        contextlib.ExitStack() as stack,
+        start_outbound(
+            tmp_path,
+            keys,
+            server.wait_ready()[0][1],
+            {"limits": {"buffered_bytes": limit_bytes}, "pool": {"max_streams": 16}},
+            prelude=SMALL_LOCAL_SEND_BUFFERS,
+        ) as client,
+    ):
+        port = client.wait_ready()[0][1]
+        with socks_connect(port, "127.0.0.1", target.port) as running, Pss(client) as memory:
+            echo(running)
+            sockets = open_streams(port, origin.port, 120, stack)
+            assert eventually(lambda: statistics(client)["gauges"]["buffered_bytes"] > 0.9 * limit_bytes)
+            for size in (5, 3 * MIB):
+                pass_on(running, size, threads)  # through a tunnel that it shares with those who do not read
+        found = statistics(client)
+        print("\nclient grew by", memory.growth_bytes / MIB, "MiB;", found["gauges"], found["counters"])
+        assert found["gauges"]["buffered_bytes_high_water"] <= limit_bytes
+        assert found["counters"]["protocol_errors"] == found["counters"]["tunnels_lost"] == 0
+        # Streams were reset, or those who came when 95 % were used up were told so, and the log has it.
+        assert found["counters"]["connections_refused"] + found["counters"]["streams_shed"] > 0
+        assert found["counters"]["connections_refused"] == 120 - len(sockets)
+        if len(sockets) < 120:
+            client.wait_for_line(r"WARNING .*local connections are refused: \d+ of \d+ bytes")
+        assert memory.growth_bytes < limit_bytes + BESIDES_BYTES

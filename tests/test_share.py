@@ -1,0 +1,136 @@
+"""reflex.protocol.share: memory reserved, given back, and taken from those who have most."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflex.protocol.share import Share
+from reflex.protocol.window import Budget
+
+
+class Stream:
+    """Keeps what it can get, until it is shed."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.kept_bytes = 0
+        self.moved_at = 0
+        self.is_shed = False
+
+    def keep(self, size_bytes: int) -> bool:
+        return self.share.reserve(self, size_bytes)
+
+    def give_back(self, size_bytes: int) -> None:
+        self.share.give_back(self, size_bytes)
+
+    def shed(self) -> None:
+        self.is_shed = True
+        self.give_back(self.kept_bytes)
+
+
+def test_what_is_reserved_is_counted_and_what_is_given_back_is_not() -> None:
+    budget = Budget(buffered_limit=100)
+    alice, bob = Share(budget), Share(budget)
+    one, two, three = Stream(alice), Stream(alice), Stream(bob)
+    assert one.keep(10)
+    assert two.keep(20)
+    assert three.keep(70)
+    assert (alice.kept, bob.kept, budget.kept) == (30, 70, 100)
+    one.give_back(4)
+    two.give_back(20)
+    assert (one.kept_bytes, alice.kept, budget.kept) == (6, 6, 76)
+    assert budget.high_water == 100
+    one.give_back(6)
+    three.give_back(70)
+    assert budget.kept == 0
+    assert not budget.shares
+
+
+def test_an_owner_that_is_the_only_one_has_no_soft_limit() -> None:
+    budget = Budget(buffered_limit=100)
+    assert Share(budget).soft_limit == 100
+    whole = Share(budget, is_whole=True)
+    assert whole.soft_limit > 2**60
+    stream = Stream(whole)
+    assert stream.keep(100)
+    assert not stream.keep(1)  # but the hard one
+    stream.give_back(100)
+
+
+def test_the_fullest_stream_of_the_fullest_share_gives_way() -> None:
+    budget = Budget(buffered_limit=100)
+    alice, bob = Share(budget), Share(budget)
+    small, large, single = Stream(alice), Stream(alice), Stream(bob)
+    assert small.keep(5)
+    assert large.keep(50)
+    assert single.keep(45)  # more than any other stream, of one who has less
+    newcomer = Stream(bob)
+    assert newcomer.keep(10)
+    assert [each.is_shed for each in (small, large, single, newcomer)] == [False, True, False, False]
+    assert budget.kept == 60
+
+
+def test_one_whose_reader_took_something_just_now_is_spared_though_it_keeps_more() -> None:
+    budget = Budget(buffered_limit=100)
+    share = Share(budget)
+    stalled, older, fast = Stream(share), Stream(share), Stream(share)
+    assert older.keep(5)
+    assert stalled.keep(20)
+    for _ in range(10):
+        assert fast.keep(70)
+        fast.give_back(70)
+    assert fast.keep(75)
+    assert fast.keep(10)
+    assert [each.is_shed for each in (stalled, older, fast)] == [True, False, False]
+    assert fast.keep(10)
+    assert budget.kept == 100
+
+
+def test_who_has_most_gets_nothing_more_and_takes_from_nobody() -> None:
+    budget = Budget(buffered_limit=100)
+    greedy, modest = Stream(Share(budget)), Stream(Share(budget))
+    assert modest.keep(40)
+    assert greedy.keep(60)
+    assert not greedy.keep(1)
+    assert (greedy.kept_bytes, modest.kept_bytes, budget.kept) == (60, 40, 100)
+    assert not modest.is_shed
+
+
+def test_more_than_there_is_is_never_reserved() -> None:
+    budget = Budget(buffered_limit=100)
+    share = Share(budget)
+    assert not Stream(share).keep(101)
+    other = Stream(Share(budget))
+    assert other.keep(50)
+    assert not Stream(share).keep(101)
+    assert budget.kept == 0
+    assert other.is_shed
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60), st.booleans()), max_size=80)
+
+
+@given(st.integers(0, 300), STEPS)
+def test_the_limit_holds_at_every_step_and_the_sums_agree(limit: int, steps: list[tuple[int, int, bool]]) -> None:
+    budget = Budget(buffered_limit=limit)
+    shares = [Share(budget) for _ in range(3)]
+    streams = [Stream(shares[number % 3]) for number in range(8)]
+    for number, size, is_more in steps:
+        stream = streams[number]
+        if is_more:
+            before = stream.kept_bytes
+            fits = stream.keep(size)
+            assert stream.kept_bytes == before + size * fits
+        elif stream.kept_bytes:
+            stream.give_back(min(size, stream.kept_bytes))
+        assert budget.kept <= limit
+        assert budget.kept == sum(share.kept for share in shares) == sum(each.kept_bytes for each in streams)
+        for share in shares:
+            assert share.kept == sum(each.kept_bytes for each in streams if each.share is share)
+            assert (share in budget.shares) == bool(share.kept)
+    for stream in streams:
+        if stream.kept_bytes:
+            stream.give_back(stream.kept_bytes)
+    assert not budget.shares
+    assert not any(share._keepers for share in shares)
