@@ -27,8 +27,9 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
 from reflex.net.greeting import Door, Greeting
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.lookups import LOOKUP_THREADS, Lookups
 from reflex.net.relay import Relay
-from reflex.net.target import Dialling, TargetRelay
+from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.protocol.address import Address
@@ -73,7 +74,10 @@ class Inbound:
         self._door: Door | None = None
         self._listeners: list[Listener] = []
         self._greetings: set[Greeting] = set()
-        self._tunnels: set[Tunnel] = set()
+        self._tunnels: dict[Tunnel, DialQueue] = {}
+        self._discarding = 0  # connections of tunnels that ended by a fatal error
+        self._lookups: dict[bytes, Lookups] = {}  # by user id
+        self._lookup_threads = asyncio.Semaphore(LOOKUP_THREADS)
         self._relays: set[Relay] = set()
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -125,11 +129,14 @@ class Inbound:
     def _connections(self) -> int:
         """How many there are, in all workers."""
         elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
-        return len(self._greetings) + len(self._tunnels) + elsewhere
+        return self._own_connections() + elsewhere
+
+    def _own_connections(self) -> int:
+        return len(self._greetings) + len(self._tunnels) + self._discarding
 
     def _publish_connections(self) -> None:
         if self._shared is not None:
-            self._shared.connections.publish(len(self._greetings) + len(self._tunnels))
+            self._shared.connections.publish(self._own_connections())
 
     def _on_greeting_end(self, greeting: Greeting) -> None:
         self._greetings.discard(greeting)
@@ -178,15 +185,22 @@ class Inbound:
             on_end=self._on_tunnel_end,
             on_open=self._on_open,
             on_stream_end=self._on_stream_end,
+            on_discard=self._on_discard,
         )
-        self._tunnels.add(tunnel)
+        lookups = self._lookups.setdefault(hello.user_id, Lookups(self._lookup_threads))
+        self._tunnels[tunnel] = DialQueue(self._loop, lookups)
         if rest:
             tunnel.feed(rest)
 
     def _on_tunnel_end(self, tunnel: Tunnel) -> None:
-        self._tunnels.discard(tunnel)
+        del self._tunnels[tunnel]
         self._publish_connections()
         self._check_all_ended()
+
+    def _on_discard(self, change: int) -> None:
+        """A tunnel has failed, and its connection is kept for a while, or not any more: it counts meanwhile."""
+        self._discarding += change
+        self._publish_connections()
 
     # 3. A stream is opened.
 
@@ -199,18 +213,20 @@ class Inbound:
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
             tunnel.stream_ended()
             return
+        dials = self._tunnels[tunnel]
         relay = TargetRelay(
             self._loop,
             tunnel,
             stream,
             address,
             self._dialling,
+            lookups=dials.lookups,
             buffers=self._pools.buffers,
             counters=self._counters,
             on_end=self._on_relay_end,
         )
-        if not relay.ended:
-            self._relays.add(relay)
+        self._relays.add(relay)
+        dials.add(relay)
 
     def _on_relay_end(self, relay: Relay) -> None:
         self._relays.discard(relay)

@@ -76,6 +76,7 @@ class Dialled:
             counters=rig.counters,
             on_end=self.ends.append,
         )
+        self.relay.dial()
 
 
 async def dialled(rig: Rig, address: Address, *, timeout_s: float = DEADLINE_S, ahead: bytes = b"") -> Dialled:

@@ -207,9 +207,18 @@ async def test_a_goaway_is_logged_and_the_streams_behind_it_are_reset(
         await until(lambda: owner.told)
         assert owner.told == [("reset", Code.SHUTTING_DOWN)]
         assert not rig.tunnel.has_room
-        await rig.remote.write(FrameType.GOAWAY, 0, GOAWAY.pack(0, 77))
-        await until(lambda: "code 77" in caplog.text)
     assert "the peer takes no new streams (shutting down)" in caplog.text
+
+
+@in_loop
+async def test_further_goaways_are_not_logged(pools: Pools, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with Rig(pools, is_client=True) as rig:
+        for _ in range(3):
+            await rig.remote.write(FrameType.GOAWAY, 0, GOAWAY.pack(0, 77))
+        await rig.remote.write(FrameType.CLOSE, 0, CODE.pack(Code.NONE))
+        await until(lambda: rig.tunnel.ended)
+    assert caplog.text.count("the peer takes no new streams") == caplog.text.count("(code 77)") == 1
 
 
 @in_loop

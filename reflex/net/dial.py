@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import aiohappyeyeballs
 
 from reflex.errors import DialError
+from reflex.net.lookups import Lookups
 from reflex.net.targets import NameVerdict, TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
@@ -61,13 +62,14 @@ _NONBLOCK: Final = getattr(socket, "SOCK_NONBLOCK", 0)  # saves a call where the
 _FAMILIES: Final = {AddressType.IPV4: socket.AF_INET, AddressType.IPV6: socket.AF_INET6}
 
 
-async def resolve(host: str, port: int, *, family: int = 0) -> list[AddrInfo]:
+async def resolve(host: str, port: int, *, family: int = 0, lookups: Lookups | None = None) -> list[AddrInfo]:
     """Resolve a name to the addresses for a TCP connection, in the system's order.
 
     Args:
         host: a name, or the text of an IP address.
         port: put into every result.
         family: AF_INET or AF_INET6 for one kind only, 0 for both.
+        lookups: whose turn it takes; None where nobody is to be kept from looking up too much.
 
     Returns:
         At least one result.
@@ -77,7 +79,10 @@ async def resolve(host: str, port: int, *, family: int = 0) -> list[AddrInfo]:
     """
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        if lookups is None:
+            found = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        else:
+            found = await lookups.getaddrinfo(host, port, family=family)
     except (OSError, ValueError) as error:  # ValueError: a label that is empty or above 63 characters
         raise DialError(Status.HOST_UNREACHABLE, f"cannot resolve {host}: {_reason(error)}") from error
     infos: list[AddrInfo] = [info for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
@@ -93,6 +98,7 @@ async def dial(
     nodelay: bool = True,
     keepalive_s: int = 0,
     policy: TargetPolicy | None = None,
+    lookups: Lookups | None = None,
 ) -> socket.socket:
     """Connect to a target.
 
@@ -103,6 +109,7 @@ async def dial(
         keepalive_s: see :func:`set_options`.
         policy: who may be dialled; None for everybody. Every address is judged, and only those that
             pass are connected to.
+        lookups: see :func:`resolve`.
 
     Returns:
         A connected, non-blocking socket, which is the caller's to close.
@@ -112,7 +119,7 @@ async def dial(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            infos = await _allowed_infos(address, policy)
+            infos = await _allowed_infos(address, policy, lookups)
             sock = await _connect_first(address, infos)
     except TimeoutError as error:
         raise DialError(Status.TIMED_OUT, f"{address}: no connection within {timeout_s:g} s") from error
@@ -235,7 +242,7 @@ def status_of(error: BaseException) -> Status:
     return Status.GENERAL_FAILURE
 
 
-async def _allowed_infos(address: Address, policy: TargetPolicy | None) -> list[AddrInfo]:
+async def _allowed_infos(address: Address, policy: TargetPolicy | None, lookups: Lookups | None) -> list[AddrInfo]:
     """Give the addresses of a target that may be dialled, at least one. Raises DialError."""
     if address.kind is not AddressType.NAME:
         if policy is not None and not policy.allows_address(address.host, address.port):
@@ -243,11 +250,11 @@ async def _allowed_infos(address: Address, policy: TargetPolicy | None) -> list[
         sockaddr = (address.host, address.port)
         return [(_FAMILIES[address.kind], socket.SOCK_STREAM, socket.IPPROTO_TCP, "", sockaddr)]
     if policy is None:
-        return await resolve(address.host, address.port)
+        return await resolve(address.host, address.port, lookups=lookups)
     verdict = policy.allows_name(address.host, address.port)
     if verdict is NameVerdict.DENIED:
         raise _not_allowed(address)
-    infos = await resolve(address.host, address.port)
+    infos = await resolve(address.host, address.port, lookups=lookups)
     allowed = [info for info in infos if _allows(policy, info[4], verdict)]
     if not allowed:
         raise _not_allowed(address)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from reflex.errors import DialError
 from reflex.metrics import Counters
 from reflex.net.dial import begin_connect, dial, finish_connect, is_connected
+from reflex.net.lookups import Lookups
 from reflex.net.relay import Relay, set_reset_on_close
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import Tunnel
@@ -19,6 +22,9 @@ from reflex.protocol.streams import Stream
 from reflex.protocol.wire import AddressType, Status
 
 log = logging.getLogger(__name__)
+
+# Connections that are begun for one tunnel in one turn of the loop: each costs some 50 µs, an OPEN only 16 bytes.
+DIALS_PER_TURN: Final = 32
 
 
 class Dialling:
@@ -34,12 +40,13 @@ class Dialling:
 
 
 class TargetRelay(Relay):
-    """A relay whose socket is dialled first. Data that comes before is kept, within the stream's window.
+    """A relay whose socket is dialled first, by :meth:`dial`. Data that comes before is kept, within the
+    stream's window.
 
     An IP address is connected to from callbacks alone; a name is resolved and raced by a task.
     """
 
-    __slots__ = ("_address", "_attempt", "_dialling", "_task", "_timer")
+    __slots__ = ("_address", "_attempt", "_dialling", "_lookups", "_task", "_timer")
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class TargetRelay(Relay):
         address: Address,
         dialling: Dialling,
         *,
+        lookups: Lookups | None = None,
         buffers: TieredPool,
         counters: Counters,
         on_end: Callable[[Relay], None],
@@ -56,9 +64,16 @@ class TargetRelay(Relay):
         super().__init__(loop, tunnel, stream, buffers=buffers, counters=counters, on_end=on_end)
         self._address: Address | None = address
         self._dialling = dialling
+        self._lookups = lookups
         self._attempt: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+
+    def dial(self) -> None:
+        """Begin to connect. Once; nothing where the stream was reset while this waited for its turn."""
+        loop, address, dialling = self._loop, self._address, self._dialling
+        if self.ended or address is None:
+            return
         if address.kind == AddressType.NAME:
             self._task = loop.create_task(self._dial(address))
             return
@@ -88,6 +103,7 @@ class TargetRelay(Relay):
                 nodelay=dialling.nodelay,
                 keepalive_s=dialling.keepalive_s,
                 policy=dialling.policy,
+                lookups=self._lookups,
             )
         except DialError as error:
             self._task = None
@@ -153,3 +169,45 @@ class TargetRelay(Relay):
                     self._attempt.close()
                 self._attempt = None
         super().end(reset=reset)
+
+
+class DialQueue:
+    """Begins the dials of one tunnel: DIALS_PER_TURN at once, the others in the turns that follow.
+
+    What waits is bounded by the tunnel's streams; a stream that is reset while it waits is never dialled.
+
+    Attributes:
+        lookups: where the tunnel's names are looked up: its user's.
+    """
+
+    __slots__ = ("_begun", "_is_scheduled", "_loop", "_waiting", "lookups")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, lookups: Lookups) -> None:
+        self._loop = loop
+        self.lookups = lookups
+        self._begun = 0  # in this turn
+        self._is_scheduled = False
+        self._waiting: deque[TargetRelay] = deque()
+
+    def add(self, relay: TargetRelay) -> None:
+        """Dial for the relay, now or soon."""
+        if self._begun < DIALS_PER_TURN and not self._waiting:
+            self._begun += 1
+            relay.dial()
+        else:
+            self._waiting.append(relay)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._is_scheduled = False
+        self._begun = 0
+        while self._waiting and self._begun < DIALS_PER_TURN:
+            relay = self._waiting.popleft()
+            if not relay.ended:
+                self._begun += 1
+                relay.dial()
+        if self._begun:
+            self._is_scheduled = True
+            self._loop.call_soon(self._next_turn)

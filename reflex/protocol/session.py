@@ -5,7 +5,8 @@ does no I/O: the application receives into :meth:`Session.receive_buffer`, draws
 makes calls, and sends :meth:`Session.output`. It knows no clock: the application sets ``now_s``.
 
 What a peer may make this side keep is bounded: DATA by the windows, streams by the limit that SETTINGS
-announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over.
+announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over. So it is
+after too many frames that are of no use to anybody (:mod:`reflex.protocol.allowance`).
 
 Credit of a stream is given back when the application has consumed the bytes. Credit of the session is
 given back on arrival, so that one stream whose reader is slow does not stop the others, for as long as
@@ -20,6 +21,7 @@ from typing import Final
 from reflex.errors import FrameError, LocalError, ProtocolError, SessionClosed, StreamsExhausted, StreamStateError
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
+from reflex.protocol.allowance import PLAIN_COST, USEFUL_BYTES, Allowance
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
@@ -67,6 +69,7 @@ class Session:
     """
 
     __slots__ = (
+        "_allowance",
         "_budget",
         "_decoder",
         "_encoder",
@@ -119,6 +122,7 @@ class Session:
         self._withheld = 0  # received bytes whose session credit waits for the reader
         self.now_s = now_s
         self._liveness = Liveness(keepalive_s, now_s)
+        self._allowance = Allowance(now_s)
         self.peer_time_ms = 0
         self._goaway_sent = False
         self._goaway_received = False
@@ -215,6 +219,7 @@ class Session:
             ProtocolError: fatal (protocol section 5): call :meth:`close_buffers`, send nothing more.
         """
         self._liveness.received_s = self.now_s
+        self._check_answers()  # those to DATA, too, which is not asked frame by frame
         event = self._event
         live = self.streams
         session_window = self._receive_window
@@ -229,6 +234,8 @@ class Session:
                 session_window.receive(size)
                 if stream is None:
                     self._check_was_opened(frame.stream_id)
+                    if size < USEFUL_BYTES:
+                        self._allowance.charge(PLAIN_COST, self.now_s)
                     self._give_session_credit(size)
                     continue
                 if not st.MAY_RECEIVE[stream.state] or stream.network != _TCP:
@@ -244,8 +251,13 @@ class Session:
                 yield from handler(self, frame)
             elif frame.type < FIRST_IGNORED_TYPE:
                 raise FrameError(f"a frame of unknown type {frame.type:#04x}")
-            if self._encoder.control_bytes > MAX_UNSENT_BYTES:
-                raise ProtocolError("the peer asks for answers and does not read them")
+            else:
+                self._allowance.charge(PLAIN_COST, self.now_s)
+            self._check_answers()
+
+    def _check_answers(self) -> None:
+        if self._encoder.control_bytes > MAX_UNSENT_BYTES:
+            raise ProtocolError("the peer asks for answers and does not read them")
 
     def _hold(self, stream: Stream, size_bytes: int) -> None:
         """Count payload that the application now has to consume."""
@@ -466,6 +478,7 @@ class Session:
             return True
         if self._liveness.ping_is_due(self.now_s):
             self.ping()
+            self._liveness.sent_s = self.now_s  # as good as sent: where nothing can be sent, no further ones pile up
         return False
 
     # Bytes out.
