@@ -133,6 +133,8 @@ class HostilePeer:
 
     def close(self) -> None:
         self._decoder.close()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes who reads it in another thread
         self.sock.close()
 
     def __enter__(self) -> Self:
