@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -11,8 +12,9 @@ import pytest
 
 from reflex.net import dial as dial_module
 from reflex.net import target as target_module
+from reflex.net.lookups import Lookups
 from reflex.net.relay import Relay
-from reflex.net.target import Dialling, TargetRelay
+from reflex.net.target import DIALS_PER_TURN, Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
@@ -292,3 +294,59 @@ async def test_early_bytes_that_the_target_does_not_take_at_once_wait_on(
             assert await target.receive(len(data)) == data
             await rig.remote.write(FrameType.DATA, made.theirs.id, b"more")
             assert await target.receive(4) == b"more"
+
+
+class Dialer:
+    """What a queue knows of a relay."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.dials = 0
+
+    def dial(self) -> None:
+        self.dials += 1
+
+
+def queue_of(dialers: list[Dialer]) -> DialQueue:
+    queue = DialQueue(asyncio.get_running_loop(), Lookups(asyncio.Semaphore()))
+    for each in dialers:
+        queue.add(each)  # type: ignore[arg-type]  # as far as the queue looks
+    return queue
+
+
+@in_loop
+async def test_so_many_targets_are_dialled_at_once_and_the_rest_in_the_turns_that_follow() -> None:
+    dialers = [Dialer() for _ in range(2 * DIALS_PER_TURN + 5)]
+    queue = queue_of(dialers)
+    assert [each.dials for each in dialers] == [1] * DIALS_PER_TURN + [0] * (DIALS_PER_TURN + 5)
+    counts = []
+    while sum(each.dials for each in dialers) < len(dialers):
+        await turns(1)
+        counts.append(sum(each.dials for each in dialers))
+    assert set(counts) <= {DIALS_PER_TURN, 2 * DIALS_PER_TURN, len(dialers)}
+    assert 2 * DIALS_PER_TURN in counts
+    await turns()
+    last = Dialer()
+    queue.add(last)  # type: ignore[arg-type]
+    assert last.dials == 1
+    assert {each.dials for each in dialers} == {1}
+
+
+@in_loop
+async def test_a_target_whose_stream_was_reset_while_it_waited_is_never_dialled() -> None:
+    dialers = [Dialer() for _ in range(3 * DIALS_PER_TURN)]
+    queue_of(dialers)
+    for each in dialers[DIALS_PER_TURN:-1]:
+        each.ended = True
+    await until(lambda: dialers[-1].dials)
+    assert sum(each.dials for each in dialers) == DIALS_PER_TURN + 1
+
+
+@in_loop
+async def test_a_relay_that_has_ended_does_not_dial(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await dialled(rig, origin.address)
+            made.relay.end(reset=True)
+            made.relay.dial()
+            assert made.relay._attempt is None
