@@ -16,7 +16,7 @@ from typing import Final
 
 DEFAULT_SECONDS: Final = 15
 MAX_INPUT_BYTES: Final = 4_096
-MEMORY_LIMIT_MIB: Final = 512  # more than that is a finding: no input may make this side keep much
+MEMORY_LIMIT_MIB: Final = 1_024  # more than that is a finding: no input may make this side keep much
 INPUT_TIMEOUT_S: Final = 5  # so is an input that takes longer
 EXIT_USAGE: Final = 2
 

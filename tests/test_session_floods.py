@@ -11,7 +11,7 @@ from reflex.errors import ProtocolError
 from reflex.protocol.allowance import BURST_UNITS, PLAIN_COST, RESET_COST, SESSION_COST, UNITS_PER_S, USEFUL_BYTES
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
-from reflex.protocol.session import MAX_UNSENT_BYTES
+from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES
 from reflex.protocol.wire import (
     FRAME_HEADER_SIZE,
     MAX_BODY_SIZE,
@@ -235,6 +235,71 @@ class TestAnswersToData:
             peer.write_body(body)
             assert peer.session.unsent_bytes == 0
             assert peer.budget.buffered == 0
+
+
+class TestSmallData:
+    """A record may hold thousands of DATA frames of a byte; a draw with a limit stops in the midst of it."""
+
+    BODY: Final = b"".join(
+        frame(FrameType.DATA, LIVE, bytes([each])) + frame(FrameType.DATA, LIVE, bytes(SMALL_DATA_BYTES))
+        for each in range(100)
+    )
+
+    def draw(self, peer: Peer, limit: int) -> int:
+        """How many events of DATA there are in one draw."""
+        count = 0
+        for event in peer.session.events(limit):
+            peer.side.keep(event)
+            count += event.kind is EventKind.DATA
+        return count
+
+    def feed(self, peer: Peer, body: bytes) -> None:
+        record = peer.seal(body)
+        peer.session.receive_buffer()[: len(record)] = record
+        peer.session.received(len(record))
+
+    def test_a_draw_stops_at_its_limit_and_the_next_one_goes_on(self, peer: Peer) -> None:
+        self.feed(peer, self.BODY)
+        assert self.draw(peer, 30) == 60
+        assert peer.session.is_left_off
+        assert self.draw(peer, 0) == 0
+        assert self.draw(peer, 69) == 2 * 69
+        assert peer.session.is_left_off
+        assert self.draw(peer, 30) == 2
+        assert not peer.session.is_left_off
+        small = b"".join(bytes([each]) + bytes(SMALL_DATA_BYTES) for each in range(100))
+        assert peer.side.got == {LIVE: small}
+        assert self.draw(peer, 30) == 0
+
+    def test_without_a_limit_it_is_drawn_to_the_end(self, peer: Peer) -> None:
+        self.feed(peer, self.BODY)
+        assert sum(event.kind is EventKind.DATA for event in peer.session.events()) == 200
+        assert not peer.session.is_left_off
+        peer.session.consumed(peer.side.streams[LIVE], 100 * (1 + SMALL_DATA_BYTES))
+
+    def test_what_was_left_off_is_given_back_at_the_end(self, peer: Peer, pools: Pools) -> None:
+        self.feed(peer, self.BODY)
+        self.draw(peer, 30)
+        assert pools.in_use > 0
+        peer.session.close_buffers()
+        assert pools.in_use == 0
+        assert not peer.session.is_left_off
+        assert self.draw(peer, 30) == 0
+
+    def test_an_error_behind_the_limit_comes_with_its_draw(self, peer: Peer) -> None:
+        self.feed(peer, self.BODY + frame(FrameType.DATA, LIVE))
+        assert self.draw(peer, 99) == 198
+        with pytest.raises(ProtocolError, match="empty"):
+            self.draw(peer, 99)
+
+    def test_a_stream_that_is_reset_in_between_gets_nothing_more(self, peer: Peer) -> None:
+        self.feed(peer, self.BODY)
+        assert self.draw(peer, 30) == 60
+        peer.session.reset(peer.side.streams[LIVE], Code.CANCELLED)
+        assert self.draw(peer, 1000) == 0
+        assert not peer.session.is_left_off
+        window = peer.session._receive_window
+        assert window.available + window.owed == SESSION_WINDOW
 
 
 def endless_data(peer: Peer, piece: bytes) -> None:

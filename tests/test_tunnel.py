@@ -9,12 +9,13 @@ import select
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
 from reflex.metrics import Counters
 from reflex.net import tunnel as tunnel_module
-from reflex.net.tunnel import READS_PER_TURN, SHARED_READ_BYTES, SHARED_TURNS, Tunnel
+from reflex.net.tunnel import READS_PER_TURN, SHARED_READ_BYTES, SHARED_TURNS, SMALL_FRAMES_PER_TURN, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
@@ -411,6 +412,62 @@ async def test_only_the_first_settings_tell_the_time(pools: Pools) -> None:
             await rig.remote.write(FrameType.SETTINGS, 0, told)
         await until(lambda: rig.session.peer_time_ms == 77)
         assert rig.times_ms == [2]
+
+
+@in_loop
+async def test_a_record_full_of_small_frames_is_delivered_in_several_turns(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        count = 5 * SMALL_FRAMES_PER_TURN
+        sizes: list[int] = []
+
+        def look() -> None:
+            if len(owner.got) < count:
+                sizes.append(len(owner.got))
+                rig.loop.call_soon(look)
+
+        look()
+        for _ in range(count):
+            assert rig.remote.session.send(theirs, b"x") == 1
+        rig.remote.session.ping()
+        await rig.remote.flush()
+        await until(lambda: len(owner.got) == count)
+        steps = [later - sooner for sooner, later in pairwise(sizes)]
+        assert max(steps) <= SMALL_FRAMES_PER_TURN
+        # The socket is read again afterwards.
+        rig.remote.session.send(theirs, b"and more")
+        await rig.remote.flush()
+        await until(lambda: owner.got.endswith(b"and more"))
+
+
+@in_loop
+async def test_a_tunnel_that_ends_in_the_midst_of_small_frames_delivers_nothing_more(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        for _ in range(3 * SMALL_FRAMES_PER_TURN):
+            rig.remote.session.send(theirs, b"x")
+        rig.loop.remove_reader(rig.tunnel._fd)
+        await rig.remote.flush()
+        await until(lambda: select.select([rig.tunnel._fd], [], [], 0)[0])
+        rig.tunnel._on_readable()
+        assert rig.session.is_left_off
+        rig.tunnel.cut("enough")
+        size = len(owner.got)
+        await turns()
+        assert len(owner.got) == size
+        assert pools.in_use == 0
+
+
+@in_loop
+async def test_an_error_behind_small_frames_is_fatal_in_its_turn(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        _, theirs = await accepted(rig)
+        for _ in range(3 * SMALL_FRAMES_PER_TURN):
+            rig.remote.session.send(theirs, b"x")
+        rig.remote.session._encoder.write(0x7F, 0)
+        await rig.remote.flush()
+        await until(lambda: rig.counters.protocol_errors)
+        assert pools.in_use == 0
 
 
 @in_loop

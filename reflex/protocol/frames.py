@@ -13,7 +13,7 @@ place, with one read each and no byte moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Final
 
 from reflex.errors import FrameError, WindowExceeded
@@ -298,7 +298,7 @@ class FrameDecoder:
         self.received(size)
         return size
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Generator[Frame, None, None]:
         """Give out the frames of every whole record; each is valid until the next is drawn.
 
         Raises:

@@ -15,7 +15,8 @@ the process's budget of buffered bytes lasts; from there on it, too, waits for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from itertools import chain
 from typing import Final
 
 from reflex.errors import FrameError, LocalError, ProtocolError, SessionClosed, StreamsExhausted, StreamStateError
@@ -23,7 +24,7 @@ from reflex.protocol import streams as st
 from reflex.protocol.address import Address
 from reflex.protocol.allowance import PLAIN_COST, USEFUL_BYTES, Allowance
 from reflex.protocol.events import Event, EventKind
-from reflex.protocol.frames import FrameDecoder, FrameEncoder
+from reflex.protocol.frames import Frame, FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
 from reflex.protocol.incoming import HANDLERS
 from reflex.protocol.keys import CipherState
@@ -50,6 +51,9 @@ from reflex.protocol.wire import (
 
 # Answers that wait for a peer which does not read them; DATA is bounded by the windows.
 MAX_UNSENT_BYTES: Final = 1_048_576
+# DATA below this is counted, since a record holds thousands of such frames, each of which takes microseconds.
+SMALL_DATA_BYTES: Final = 64
+NO_LIMIT: Final = 1 << 30  # more small frames than one draw can bring
 
 # Plain ints and bound names for what is asked for every frame.
 _DATA: Final = int(FrameType.DATA)
@@ -80,6 +84,8 @@ class Session:
         "_is_client",
         "_is_ending",
         "_is_over",
+        "_iteration",
+        "_left_off",
         "_liveness",
         "_max_streams",
         "_peer_max_streams",
@@ -126,6 +132,8 @@ class Session:
         self.peer_time_ms = 0
         self._goaway_sent = False
         self._goaway_received = False
+        self._iteration: Generator[Frame, None, None] | None = None  # of the decoder, by the draw under way
+        self._left_off: Frame | None = None  # where the last draw stopped at its limit: the frame that is next
         self._is_over = False  # close_buffers was called
         self._is_ending = False  # it was, or CLOSE was sent or received
         self.close_sent = False
@@ -210,10 +218,15 @@ class Session:
             rest = rest[self._decoder.feed(rest) :]
             yield from self.events()
 
-    def events(self) -> Iterator[Event]:
+    def events(self, small_frames: int = NO_LIMIT) -> Iterator[Event]:
         """Give out what the received bytes say. To be drawn to the end.
 
         The event object, and its ``data``, are valid until the next one is drawn.
+
+        Args:
+            small_frames: how many DATA frames below SMALL_DATA_BYTES to give out at the most. Where there
+                are more, :attr:`is_left_off` is true afterwards, and this is to be called again before
+                anything else is received.
 
         Raises:
             ProtocolError: fatal (protocol section 5): call :meth:`close_buffers`, send nothing more.
@@ -223,13 +236,18 @@ class Session:
         event = self._event
         live = self.streams
         session_window = self._receive_window
-        for frame in self._decoder:
+        for frame in self._frames():
             if self._is_ending and (self._is_over or self.close_received or frame.type != FrameType.CLOSE):
                 continue  # nothing is answered after CLOSE, and nothing said after it counts
             if frame.type == _DATA:
                 size = len(frame.payload)
-                if not size:
-                    raise FrameError("an empty DATA frame")
+                if size < SMALL_DATA_BYTES:
+                    if not size:
+                        raise FrameError("an empty DATA frame")
+                    if not small_frames:
+                        self._left_off = frame
+                        return
+                    small_frames -= 1
                 stream = live.get(frame.stream_id)
                 session_window.receive(size)
                 if stream is None:
@@ -254,6 +272,19 @@ class Session:
             else:
                 self._allowance.charge(PLAIN_COST, self.now_s)
             self._check_answers()
+
+    def _frames(self) -> Iterator[Frame]:
+        """The decoder's frames, from where the last draw was left off."""
+        frame, self._left_off = self._left_off, None
+        if frame is not None and self._iteration is not None:
+            return chain((frame,), self._iteration)
+        self._iteration = iter(self._decoder)
+        return self._iteration
+
+    @property
+    def is_left_off(self) -> bool:
+        """Whether :meth:`events` stopped at its limit, with more to give out."""
+        return self._left_off is not None
 
     def _check_answers(self) -> None:
         if self._encoder.control_bytes > MAX_UNSENT_BYTES:
@@ -521,6 +552,9 @@ class Session:
 
         After this only :meth:`consumed` may be called, for what streams had received before.
         """
+        if self._left_off is not None and self._iteration is not None:
+            self._iteration.close()  # between two draws; a draw that is under way gives its buffer back itself
+        self._iteration = self._left_off = None
         self._encoder.close()
         self._decoder.close()
         self._is_over = self._is_ending = True
