@@ -6,6 +6,7 @@
 #   make bench                       beside the peers that are installed; writes docs/benchmarks.md (an hour)
 #   make bench-quick                 ours alone, under two minutes; for before and after a change:
 #   make bench-quick BENCH_ARGS="--compare OLD.json"
+#   make fuzz                        100,000 steps of the state machines, and the fuzzers (minutes)
 #   make test PYTHON=python3.12      another interpreter (after `make clean`)
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo bench bench-quick test lint cover clean help
+.PHONY: demo bench bench-quick test fuzz lint cover clean help
 
 demo: $(VENV)/.runtime-installed ## run both daemons on loopback, move and verify data, print a short table
 	@$(BIN)/python -m bench.demo
@@ -35,6 +36,10 @@ test: lint ## every check: lint, layers, types, tests, coverage
 	@rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
 	@$(BIN)/python tests/check_coverage.py .coverage.json
+
+# The guided fuzzer runs where it is installed: `.venv/bin/pip install -e '.[fuzz]'`.
+fuzz: $(VENV)/.dev-installed ## state machines with 100,000 steps, random input for every parser; minutes
+	$(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed ## ruff, mypy --strict and the layer check
 	$(BIN)/ruff check $(SOURCES)

@@ -33,7 +33,7 @@ from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.options import is_loopback, set_options
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
-from reflex.net.target import Dialling, TargetRelay
+from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
@@ -88,7 +88,8 @@ class Inbound:
         self._door: Door | None = None
         self._listeners: list[Listener] = []
         self._greetings: set[Greeting] = set()
-        self._tunnels: set[Tunnel] = set()
+        self._tunnels: dict[Tunnel, DialQueue] = {}
+        self._discarding = 0  # connections of tunnels that ended by a fatal error
         self._relays: set[Relay] = set()
         self._usage: MonthlyUsage | None = None
         self._limited: dict[bytes, UserLimits] = {}  # by user id
@@ -204,11 +205,14 @@ class Inbound:
     def _connections(self) -> int:
         """How many there are, in all workers."""
         elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
-        return len(self._greetings) + len(self._tunnels) + elsewhere
+        return self._own_connections() + elsewhere
+
+    def _own_connections(self) -> int:
+        return len(self._greetings) + len(self._tunnels) + self._discarding
 
     def _publish_connections(self) -> None:
         if self._shared is not None:
-            self._shared.connections.publish(len(self._greetings) + len(self._tunnels))
+            self._shared.connections.publish(self._own_connections())
 
     def _on_greeting_end(self, greeting: Greeting) -> None:
         self._greetings.discard(greeting)
@@ -265,19 +269,25 @@ class Inbound:
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
             on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),
+            on_discard=self._on_discard,
         )
-        self._tunnels.add(tunnel)
+        self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
         if user is not None and is_allowed:
             user.add(tunnel)
         if rest:
             tunnel.feed(rest)
 
     def _on_tunnel_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
-        self._tunnels.discard(tunnel)
+        del self._tunnels[tunnel]
         if user is not None:
             user.remove(tunnel)
         self._publish_connections()
         self._check_all_ended()
+
+    def _on_discard(self, change: int) -> None:
+        """A tunnel has failed, and its connection is kept for a while, or not any more: it counts meanwhile."""
+        self._discarding += change
+        self._publish_connections()
 
     # 3. A stream is opened.
 
@@ -313,10 +323,10 @@ class Inbound:
             on_end=self._on_relay_end if user is None else partial(self._on_limited_relay_end, user),
             delay_s=delay_s,
         )
-        if not relay.ended:
-            self._relays.add(relay)
-            if user is not None:
-                user.relays.add(relay)
+        self._relays.add(relay)
+        if user is not None:
+            user.relays.add(relay)
+        self._tunnels[tunnel].add(relay)
 
     def _on_relay_end(self, relay: Relay) -> None:
         self._relays.discard(relay)

@@ -255,6 +255,26 @@ async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
 
 
 @in_loop
+async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_closed() -> None:
+    """Else a user could have any number of them, for half a minute each."""
+    keys = Keys.generate()
+    settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
+    async with running_inbound(settings) as (inbound, port):
+        remotes = [await raw_client(port, keys) for _ in range(2)]
+        for remote in remotes:
+            await remote.write(0x7F)  # an unknown type, which is fatal
+        await until(lambda: not inbound._tunnels)
+        assert inbound._own_connections() == 2
+        with await connect(port) as third:
+            await third.expect_fin()
+        for remote in remotes:
+            remote.end.close()
+            remote.session.close_buffers()
+        await until(lambda: inbound._own_connections() == 0)
+        await leave(await raw_client(port, keys))
+
+
+@in_loop
 async def test_who_left_before_it_was_looked_at_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_inbound(inbound_settings(Keys.generate())) as (inbound, port):
 

@@ -10,6 +10,7 @@ from reflex.protocol.liveness import (
     MAX_KEEPALIVE_S,
     MIN_KEEPALIVE_S,
     ROUND_TRIP_INTERVAL_S,
+    ROUND_TRIP_RETRY_S,
     ROUND_TRIP_WEIGHT,
     Liveness,
 )
@@ -113,3 +114,12 @@ def test_a_measurement_is_due_at_once_then_once_an_interval_and_never_while_one_
     assert ROUND_TRIP_INTERVAL_S == 1.0
     assert not liveness.measurement_is_due(START_S + 0.9)
     assert liveness.measurement_is_due(START_S + 1.0)
+
+
+def test_round_trips_too_short_for_the_clock_are_measured_again_soon_but_not_at_every_turn() -> None:
+    liveness = Liveness(5.0, START_S)
+    assert liveness.measurement_is_due(START_S)
+    liveness.pong(memoryview(liveness.next_ping(START_S)), START_S)
+    assert liveness.round_trip_s == 0
+    assert not liveness.measurement_is_due(START_S + ROUND_TRIP_RETRY_S / 2)
+    assert liveness.measurement_is_due(START_S + ROUND_TRIP_RETRY_S * 1.01)

@@ -63,6 +63,7 @@ class Paced:
             up=Pace(rig.loop, rate, row, UserField.BYTES_UP, self._on_wait),
             down=Pace(rig.loop, rate, row, UserField.BYTES_DOWN, self._on_wait),
         )
+        self.relay.dial()
 
     def _on_wait(self) -> None:
         self.waits += 1

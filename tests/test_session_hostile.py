@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reflex.errors import FrameError, ProtocolError
+from reflex.protocol.allowance import BURST_UNITS, UNITS_PER_S
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import MAX_UNSENT_BYTES
@@ -44,13 +45,20 @@ def write_all(peer: Peer, records: list[bytes]) -> None:
         peer.write_body(body)
 
 
+def write_slowly(peer: Peer, *records: bytes) -> None:
+    """Each record long after the one before: what frames cost was forgotten meanwhile."""
+    for body in records:
+        peer.session.now_s += BURST_UNITS / UNITS_PER_S
+        peer.write_body(body)
+
+
 class TestAnswers:
     def test_pongs_for_a_peer_that_never_reads_are_bounded(self, peer: Peer) -> None:
         body = frame(FrameType.PING, 0, bytes(8)) * 4000
         for _ in range(MAX_UNSENT_BYTES // len(body)):
-            peer.write_body(body)
-        with pytest.raises(ProtocolError):
-            peer.write_body(body)
+            write_slowly(peer, body)
+        with pytest.raises(ProtocolError, match="does not read"):
+            write_slowly(peer, body)
         assert peer.session.unsent_bytes < MAX_UNSENT_BYTES + SEALING
 
     def test_resets_for_a_peer_that_never_reads_are_bounded(self, pools: Pools) -> None:
@@ -59,14 +67,14 @@ class TestAnswers:
         opens = [frame(FrameType.OPEN, 2 * each + 1, TO_TARGET) for each in range(needed + 1000)]
         records = [b"".join(opens[start : start + 1000]) for start in range(0, len(opens), 1000)]
         with peer_of(pools, of_server=True, max_streams=0) as peer:
-            with pytest.raises(ProtocolError):
-                write_all(peer, records)
+            with pytest.raises(ProtocolError, match="does not read"):
+                write_slowly(peer, *records)
             assert peer.session.unsent_bytes < MAX_UNSENT_BYTES + SEALING
 
     def test_a_peer_that_reads_its_answers_may_go_on(self, peer: Peer) -> None:
         body = frame(FrameType.PING, 0, bytes(8)) * 4000
         for _ in range(2 * MAX_UNSENT_BYTES // len(body)):
-            peer.write_body(body)
+            write_slowly(peer, body)
             assert len(peer.answers()) == 4000
 
     def test_data_that_this_side_has_not_sent_yet_is_not_the_peers_fault(self, pools: Pools) -> None:

@@ -287,6 +287,9 @@ class TwoSessions(RuleBasedStateMachine):
         finally:
             for side in self.sides.values():
                 side.session.close_buffers()
+                side.got.clear()  # an example moves hundreds of MiB, and is not freed at once
+            self.sent.clear()
+            self.wires.clear()
         assert self.pools.in_use == 0
 
     def settle(self) -> None:

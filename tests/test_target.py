@@ -13,7 +13,7 @@ import pytest
 from reflex.net import dial as dial_module
 from reflex.net import target as target_module
 from reflex.net.relay import Relay
-from reflex.net.target import Dialling, TargetRelay
+from reflex.net.target import DIALS_PER_TURN, Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
@@ -80,6 +80,7 @@ class Dialled:
             on_end=self.ends.append,
             delay_s=delay_s,
         )
+        self.relay.dial()
 
 
 async def dialled(rig: Rig, address: Address, *, timeout_s: float = DEADLINE_S, ahead: bytes = b"") -> Dialled:
@@ -343,3 +344,67 @@ async def test_a_limit_resets_the_stream_and_its_target(pools: Pools) -> None:
             await target.expect_reset()
             made.relay.limit_reached()
             assert made.ends == [made.relay]
+
+
+class Dialer:
+    """What a queue knows of a relay."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.dials = 0
+
+    def dial(self) -> None:
+        self.dials += 1
+
+
+class ATunnel:
+    """What a queue knows of its tunnel."""
+
+    turn = 1
+
+
+def queue_of(dialers: list[Dialer], tunnel: ATunnel) -> DialQueue:
+    queue = DialQueue(asyncio.get_running_loop(), tunnel)  # type: ignore[arg-type]  # as far as it looks
+    for each in dialers:
+        queue.add(each)  # type: ignore[arg-type]  # as far as the queue looks
+    return queue
+
+
+@in_loop
+async def test_so_many_targets_are_dialled_at_once_and_the_rest_in_the_turns_that_follow() -> None:
+    dialers = [Dialer() for _ in range(2 * DIALS_PER_TURN + 5)]
+    tunnel = ATunnel()
+    queue = queue_of(dialers, tunnel)
+    assert [each.dials for each in dialers] == [1] * DIALS_PER_TURN + [0] * (DIALS_PER_TURN + 5)
+    counts = []
+    while sum(each.dials for each in dialers) < len(dialers):
+        await turns(1)
+        counts.append(sum(each.dials for each in dialers))
+    assert set(counts) <= {DIALS_PER_TURN, 2 * DIALS_PER_TURN, len(dialers)}
+    assert 2 * DIALS_PER_TURN in counts
+    await turns()
+    last = Dialer()
+    tunnel.turn += 1
+    queue.add(last)  # type: ignore[arg-type]
+    assert last.dials == 1
+    assert {each.dials for each in dialers} == {1}
+
+
+@in_loop
+async def test_a_target_whose_stream_was_reset_while_it_waited_is_never_dialled() -> None:
+    dialers = [Dialer() for _ in range(3 * DIALS_PER_TURN)]
+    queue_of(dialers, ATunnel())
+    for each in dialers[DIALS_PER_TURN:-1]:
+        each.ended = True
+    await until(lambda: dialers[-1].dials)
+    assert sum(each.dials for each in dialers) == DIALS_PER_TURN + 1
+
+
+@in_loop
+async def test_a_relay_that_has_ended_does_not_dial(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await dialled(rig, origin.address)
+            made.relay.end(reset=True)
+            made.relay.dial()
+            assert made.relay._attempt is None

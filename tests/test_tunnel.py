@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import select
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
 
 from reflex.metrics import Counters
 from reflex.net import tunnel as tunnel_module
-from reflex.net.tunnel import SHARED_TURNS, Tunnel
+from reflex.net.tunnel import READS_PER_TURN, SHARED_TURNS, SMALL_FRAMES_PER_TURN, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import CODE, GOAWAY, STREAM_WINDOW, Code, FrameType, Network, Status
+from reflex.protocol.wire import CODE, GOAWAY, SETTING, STREAM_WINDOW, Code, FrameType, Network, Setting, Status
 from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
 from tests.sessions import CLIENT_TIME_MS, SECRETS, TARGET, TO_TARGET
 
@@ -208,9 +210,18 @@ async def test_a_goaway_is_logged_and_the_streams_behind_it_are_reset(
         await until(lambda: owner.told)
         assert owner.told == [("reset", Code.SHUTTING_DOWN)]
         assert not rig.tunnel.has_room
-        await rig.remote.write(FrameType.GOAWAY, 0, GOAWAY.pack(0, 77))
-        await until(lambda: "code 77" in caplog.text)
     assert "the peer takes no new streams (shutting down)" in caplog.text
+
+
+@in_loop
+async def test_further_goaways_are_not_logged(pools: Pools, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with Rig(pools, is_client=True) as rig:
+        for _ in range(3):
+            await rig.remote.write(FrameType.GOAWAY, 0, GOAWAY.pack(0, 77))
+        await rig.remote.write(FrameType.CLOSE, 0, CODE.pack(Code.NONE))
+        await until(lambda: rig.tunnel.ended)
+    assert caplog.text.count("the peer takes no new streams") == caplog.text.count("(code 77)") == 1
 
 
 @in_loop
@@ -355,7 +366,7 @@ async def test_what_the_socket_does_not_take_blocks_the_tunnel_until_it_is_taken
         await until(lambda: rig.tunnel.is_blocked)
         rig.tunnel.wait(sleeper)
         rig.session.ping()
-        rig.tunnel.flush_soon()  # sealed, and sent behind the rest
+        rig.tunnel.flush_soon()  # packed, and sent behind the rest
         await turns()
         rig.tunnel.send()  # takes nothing, and changes nothing
         assert rig.tunnel.is_blocked
@@ -364,6 +375,142 @@ async def test_what_the_socket_does_not_take_blocks_the_tunnel_until_it_is_taken
         await until(lambda: not rig.tunnel.is_blocked)
         assert sleeper.resumed == 1
         assert rig.session.unsent_bytes == 0
+
+
+@in_loop
+async def test_answers_that_cannot_be_sent_wait_in_one_record_and_not_in_one_each(pools: Pools) -> None:
+    """Each record has a buffer of its own, of 2 KiB at least; a PONG has 16 bytes."""
+    async with Rig(pools, buffer_bytes=SMALL_BUFFERS) as rig:
+        owner, theirs = await accepted(rig)
+        data = bytes(STREAM_WINDOW)
+        assert rig.session.send(owner.stream, data) == len(data)
+        rig.tunnel.flush_soon()
+        await until(lambda: rig.tunnel.is_blocked)
+        lent, packed = pools.buffers.in_use, rig.session.unsent_bytes
+        for _ in range(200):
+            rig.session.ping()
+            rig.tunnel.flush_soon()
+            await turns(2)
+        assert rig.session.unsent_bytes == packed + 200 * 16
+        assert pools.buffers.in_use <= lent + 1
+        assert await rig.remote.receive(theirs, len(data)) == data
+        await until(lambda: not rig.tunnel.is_blocked and not rig.session.unsent_bytes)
+
+
+@in_loop
+async def test_who_has_ended_does_not_wait_for_a_tunnel_that_stays_blocked(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        sleepers = [Sleeper() for _ in range(3)]
+        for each in sleepers:
+            rig.tunnel.wait(each)
+        rig.tunnel.forget(sleepers[1])
+        rig.tunnel.forget(Sleeper())
+        assert list(rig.tunnel._waiting) == [sleepers[0], sleepers[2]]
+
+
+@in_loop
+async def test_it_closes_cleanly_once_a_blocked_socket_takes_its_last_record(pools: Pools) -> None:
+    async with Rig(pools, buffer_bytes=SMALL_BUFFERS) as rig:
+        owner, theirs = await accepted(rig)
+        data = bytes(STREAM_WINDOW)
+        rig.session.send(owner.stream, data)
+        rig.tunnel.flush_soon()
+        await until(lambda: rig.tunnel.is_blocked)
+        rig.tunnel.close(Code.SHUTTING_DOWN)
+        assert await rig.remote.receive(theirs, len(data)) == data
+        assert (await rig.remote.see(EventKind.CLOSED)).number == Code.SHUTTING_DOWN
+
+
+@in_loop
+async def test_only_the_first_settings_tell_the_time(pools: Pools) -> None:
+    """Each telling may be a line in the log."""
+    async with Rig(pools) as rig:
+        told = SETTING.pack(Setting.TIME_MS, 77)
+        for _ in range(3):
+            await rig.remote.write(FrameType.SETTINGS, 0, told)
+        await until(lambda: rig.session.peer_time_ms == 77)
+        assert rig.times_ms == [2]
+
+
+@in_loop
+async def test_a_record_full_of_small_frames_is_delivered_in_several_turns(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        count = 5 * SMALL_FRAMES_PER_TURN
+        sizes: list[int] = []
+
+        def look() -> None:
+            if len(owner.got) < count:
+                sizes.append(len(owner.got))
+                rig.loop.call_soon(look)
+
+        look()
+        for _ in range(count):
+            assert rig.remote.session.send(theirs, b"x") == 1
+        rig.remote.session.ping()
+        await rig.remote.flush()
+        await until(lambda: len(owner.got) == count)
+        steps = [later - sooner for sooner, later in pairwise(sizes)]
+        assert max(steps) <= SMALL_FRAMES_PER_TURN
+        # The socket is read again afterwards.
+        rig.remote.session.send(theirs, b"and more")
+        await rig.remote.flush()
+        await until(lambda: owner.got.endswith(b"and more"))
+
+
+@in_loop
+async def test_a_tunnel_that_ends_in_the_midst_of_small_frames_delivers_nothing_more(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        for _ in range(3 * SMALL_FRAMES_PER_TURN):
+            rig.remote.session.send(theirs, b"x")
+        rig.loop.remove_reader(rig.tunnel._fd)
+        await rig.remote.flush()
+        await until(lambda: select.select([rig.tunnel._fd], [], [], 0)[0])
+        rig.tunnel._on_readable()
+        assert rig.session.is_left_off
+        rig.tunnel.cut("enough")
+        size = len(owner.got)
+        await turns()
+        assert len(owner.got) == size
+        assert pools.in_use == 0
+
+
+@in_loop
+async def test_an_error_behind_small_frames_is_fatal_in_its_turn(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        _, theirs = await accepted(rig)
+        for _ in range(3 * SMALL_FRAMES_PER_TURN):
+            rig.remote.session.send(theirs, b"x")
+        rig.remote.session._encoder.write(0x7F, 0)
+        await rig.remote.flush()
+        await until(lambda: rig.counters.protocol_errors)
+        assert pools.in_use == 0
+
+
+@in_loop
+async def test_one_read_a_turn_where_a_turn_lasts_long(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        reads = []
+        take = rig.session.receive_buffer
+
+        def small() -> memoryview:
+            reads.append(1)
+            return take()[:100]
+
+        monkeypatch.setattr(Session, "receive_buffer", lambda _: small())
+        rig.loop.remove_reader(rig.tunnel._fd)
+        assert rig.remote.session.send(theirs, bytes(10_000)) == 10_000
+        await rig.remote.flush()
+        await until(lambda: select.select([rig.tunnel._fd], [], [], 0)[0])
+        rig.tunnel._on_readable()
+        assert len(reads) == READS_PER_TURN
+        monkeypatch.setattr(tunnel_module, "LONG_TURN_S", -1.0)
+        rig.tunnel._on_readable()
+        assert len(reads) == READS_PER_TURN + 1
+        rig.loop.add_reader(rig.tunnel._fd, rig.tunnel._on_readable)
+        await until(lambda: len(owner.got) == 10_000)
 
 
 @in_loop

@@ -335,6 +335,7 @@ class Relay:
         self.ended = True
         tunnel = self.tunnel
         tunnel.draining.discard(self)
+        tunnel.forget(self)
         if tunnel.last_talker is self:
             tunnel.last_talker = None
         if self._sock is not None:

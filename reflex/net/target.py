@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from reflex.errors import DialError
 from reflex.metrics import Counters
@@ -21,6 +23,9 @@ from reflex.protocol.streams import Stream
 from reflex.protocol.wire import AddressType, Code, Status
 
 log = logging.getLogger(__name__)
+
+# Connections that are begun for one tunnel in one turn of the loop: each costs some 50 µs, an OPEN only 16 bytes.
+DIALS_PER_TURN: Final = 32
 
 
 class Dialling:
@@ -37,13 +42,14 @@ class Dialling:
 
 
 class TargetRelay(Relay):
-    """A relay whose socket is dialled first. Data that comes before is kept, within the stream's window.
+    """A relay whose socket is dialled first, by :meth:`dial`. Data that comes before is kept, within the
+    stream's window.
 
     An IP address is connected to from callbacks alone; a name is resolved and raced by a task.
     ``delay_s`` is how long the target waits until it is dialled.
     """
 
-    __slots__ = ("_address", "_attempt", "_dialling", "_task", "_timer")
+    __slots__ = ("_address", "_attempt", "_delay_s", "_dialling", "_task", "_timer")
 
     def __init__(
         self,
@@ -64,10 +70,16 @@ class TargetRelay(Relay):
         self._attempt: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        if delay_s:
-            self._timer = loop.call_later(delay_s, self._begin, address)
+        self._delay_s = delay_s
+
+    def dial(self) -> None:
+        """Begin to connect, when its time has come. Once; nothing where the stream was reset meanwhile."""
+        if self.ended or self._address is None:
+            return
+        if self._delay_s:
+            self._timer = self._loop.call_later(self._delay_s, self._begin, self._address)
         else:
-            self._begin(address)
+            self._begin(self._address)
 
     def _begin(self, address: Address) -> None:
         loop, dialling = self._loop, self._dialling
@@ -171,3 +183,42 @@ class TargetRelay(Relay):
                     self._attempt.close()
                 self._attempt = None
         super().end(reset=reset)
+
+
+class DialQueue:
+    """Begins the dials of one tunnel: DIALS_PER_TURN at once, the others in the turns that follow.
+
+    What waits is bounded by the tunnel's streams; a stream that is reset while it waits is never dialled.
+    """
+
+    __slots__ = ("_begun", "_loop", "_tunnel", "_turn", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, tunnel: Tunnel) -> None:
+        self._loop = loop
+        self._tunnel = tunnel
+        self._turn = 0  # of the tunnel: the one in which something was begun last
+        self._begun = 0  # in it
+        self._waiting: deque[TargetRelay] = deque()
+
+    def add(self, relay: TargetRelay) -> None:
+        """Dial for the relay, now or soon."""
+        if self._turn != self._tunnel.turn:
+            self._turn = self._tunnel.turn
+            self._begun = 0
+        if self._begun < DIALS_PER_TURN and not self._waiting:
+            self._begun += 1
+            relay.dial()
+            return
+        self._waiting.append(relay)
+        if len(self._waiting) == 1:
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        begun = 0
+        while self._waiting and begun < DIALS_PER_TURN:
+            relay = self._waiting.popleft()
+            if not relay.ended:
+                begun += 1
+                relay.dial()
+        if self._waiting:
+            self._loop.call_soon(self._next_turn)

@@ -8,7 +8,8 @@ The way of a turn:
    being packed. A record that is full is sealed and sent on the spot.
 3. At the turn's end what was packed is sealed and sent, in one piece.
 4. What the socket does not take stays in the encoder; until it is taken, the tunnel is *blocked*:
-   relays that turn readable stop reading, and go on when it is not blocked any more.
+   relays that turn readable stop reading, and go on when it is not blocked any more. Answers that
+   are packed meanwhile wait in one record, not in one each turn.
 
 A tunnel ends once, in one of three ways: ``close`` (cleanly, CLOSE then FIN), ``cut`` (the connection
 is gone: every relay is reset), or a fatal protocol error (the same, but the socket first swallows
@@ -21,6 +22,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
@@ -41,6 +43,10 @@ log = logging.getLogger(__name__)
 _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumeration
 
 READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
+# No second read in a turn that has lasted so long: the first one was full of small frames, or others wait.
+LONG_TURN_S: Final = 0.005
+# DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
+SMALL_FRAMES_PER_TURN: Final = 500
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
@@ -81,9 +87,11 @@ class Tunnel:
         sock: connected and non-blocking; the tunnel's from now on.
         session: the same; its buffers are given back when the tunnel ends.
         on_open: called with each OPEN event, which it answers or hands to a relay (server).
-        on_settings: called with the peer's time, in ms since 1970, when its SETTINGS arrive.
+        on_settings: called with the peer's time, in ms since 1970, when its first SETTINGS arrive.
         on_stream_end: called whenever streams may have ended, so that an owner can count.
         on_end: called once, when the tunnel has ended and its socket takes no more streams.
+        on_discard: called with 1 when the socket outlives a fatal error, to discard what comes, and with -1
+            when it is closed.
         idle_timeout_s: a stream without a byte in either direction for so long is reset.
         label: who is at the other end, for the log.
     """
@@ -98,6 +106,7 @@ class Tunnel:
         "_idle_ticks",
         "_label",
         "_loop",
+        "_on_discard",
         "_on_end",
         "_on_open",
         "_on_settings",
@@ -117,6 +126,7 @@ class Tunnel:
         "settled",
         "shared_turns",
         "tick",
+        "turn",
     )
 
     def __init__(
@@ -132,6 +142,7 @@ class Tunnel:
         on_open: Callable[[Tunnel, Event], None] | None = None,
         on_settings: Callable[[int], None] | None = None,
         on_stream_end: Callable[[Tunnel], None] | None = None,
+        on_discard: Callable[[int], None] | None = None,
     ) -> None:
         self._loop = loop
         self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
@@ -145,8 +156,9 @@ class Tunnel:
         self._on_settings = on_settings
         self._on_stream_end = on_stream_end
         self.flush_is_due = False
+        self._on_discard = on_discard
         self.is_blocked = False
-        self._waiting: list[Resumable] = []
+        self._waiting: dict[Resumable, None] = {}  # in their order
         self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
         self.last_talker: object = None
         self.shared_turns = 0
@@ -157,6 +169,7 @@ class Tunnel:
         self._discard_bytes = 0
         self._close_timer: asyncio.TimerHandle | None = None
         self.tick = 0
+        self.turn = 0  # how often it was read
         self._tick_s = max(TICK_MIN_S, min(TICK_MAX_S, idle_timeout_s / TICKS_PER_TIMEOUT))
         self._idle_ticks = max(1, round(idle_timeout_s / self._tick_s))
         self._tick_timer = loop.call_later(self._tick_s, self._on_tick)
@@ -200,6 +213,7 @@ class Tunnel:
             self.cut("internal error")
 
     def _read(self) -> None:
+        self.turn += 1
         session = self.session
         session.now_s = self._loop.time()
         for _ in range(READS_PER_TURN):
@@ -217,20 +231,42 @@ class Tunnel:
             if not size:
                 self._on_eof()
                 return
-            try:
-                for event in session.events():
-                    if event.kind is _DATA:
-                        event.stream.owner.on_data(event.data)  # type: ignore[union-attr]  # DATA has a stream
-                    else:
-                        self._dispatch(event)
-                    if self.ended:
-                        break  # its buffers are gone
-            except ProtocolError as error:
-                self._fail(error)
-            if self.ended or size < len(view):
+            self._deliver()
+            if session.is_left_off:
+                self._loop.remove_reader(self._fd)
+                self._loop.call_soon(self._go_on)
+                break
+            if self.ended or size < len(view) or time.monotonic() - session.now_s > LONG_TURN_S:
                 break
         if not (self.ended or self.flush_is_due) and session.unsent_bytes:
             self.flush_soon()
+
+    def _deliver(self) -> None:
+        """Give out the events of what was received."""
+        session = self.session
+        try:
+            for event in session.events(SMALL_FRAMES_PER_TURN):
+                if event.kind is _DATA:
+                    event.stream.owner.on_data(event.data)  # type: ignore[union-attr]  # DATA has a stream
+                else:
+                    self._dispatch(event)
+                if self.ended:
+                    break  # its buffers are gone
+        except ProtocolError as error:
+            self._fail(error)
+
+    def _go_on(self) -> None:
+        """In the next turn: what was left off; then the socket again."""
+        if self.ended:
+            return
+        self.turn += 1
+        self.session.now_s = self._loop.time()
+        self._deliver()
+        if self.session.is_left_off:
+            self._loop.call_soon(self._go_on)
+        elif not self.ended:
+            self._loop.add_reader(self._fd, self._on_readable)
+        self._after_events()
 
     def _after_events(self) -> None:
         if not self.ended and self.session.unsent_bytes:
@@ -247,9 +283,9 @@ class Tunnel:
                 log.info("%s: the peer takes no new streams (%s)", self._label, _code_name(event.number))
                 self.stream_ended()
             elif kind is EventKind.SETTINGS:
-                self.settled.set()
-                if self._on_settings is not None and self.session.peer_time_ms:
+                if self._on_settings is not None and self.session.peer_time_ms and not self.settled.is_set():
                     self._on_settings(self.session.peer_time_ms)
+                self.settled.set()
             elif kind is EventKind.CLOSED:
                 log.debug("%s: closed by the peer (%s)", self._label, _code_name(event.number))
                 self.close_code = event.number
@@ -296,7 +332,11 @@ class Tunnel:
 
     def wait(self, relay: Resumable) -> None:
         """The tunnel is blocked: ``relay.resume`` is called when it is not any more."""
-        self._waiting.append(relay)
+        self._waiting[relay] = None
+
+    def forget(self, relay: Resumable) -> None:
+        """It waits no longer: a peer that takes nothing must not make this side keep relays that have ended."""
+        self._waiting.pop(relay, None)
 
     def flush_soon(self) -> None:
         """Seal and send at the end of this turn; to be called after whatever packed something."""
@@ -310,8 +350,8 @@ class Tunnel:
             return
         if self.shared_turns:
             self.shared_turns -= 1
-        self.session.seal()
         if not self.is_blocked:
+            self.session.seal()
             self.send()
 
     def send(self) -> None:
@@ -337,10 +377,12 @@ class Tunnel:
         if self.is_blocked:
             self.is_blocked = False
             self._loop.remove_writer(self._fd)
-            waiting, self._waiting = self._waiting, []
+            if session.unsent_bytes:
+                self.flush_soon()  # what was packed meanwhile
+            waiting, self._waiting = self._waiting, {}
             for relay in waiting:
                 relay.resume()
-        if session.close_sent:
+        if session.close_sent and not session.unsent_bytes:
             self._shut_down()
 
     def _on_socket_writable(self) -> None:
@@ -461,6 +503,8 @@ class Tunnel:
         wait_s = FATAL_DISCARD_MIN_S + secrets.randbelow(span_ms + 1) / 1000
         self._close_timer = self._loop.call_later(wait_s, self._end_discarding)
         self._loop.add_reader(self._fd, self._discard)
+        if self._on_discard is not None:
+            self._on_discard(1)
 
     def _discard(self) -> None:
         try:
@@ -478,6 +522,8 @@ class Tunnel:
             self._close_timer.cancel()
         self._loop.remove_reader(self._fd)
         self._sock.close()
+        if self._on_discard is not None:
+            self._on_discard(-1)
 
 
 def idle_owners(owners: Iterable[StreamOwner | None], oldest_tick: int) -> list[StreamOwner]:

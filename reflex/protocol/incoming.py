@@ -1,10 +1,12 @@
 """What each frame does to a session: the receiving half of :mod:`reflex.protocol.session`.
 
 One function for each frame type but DATA, which the session takes itself. Each checks what section 5
-of docs/protocol.md says of its type, and gives out the events that follow. They belong to the session
-and use its internals; they stand in a file of their own so that each file can be read in one go.
+of docs/protocol.md says of its type, charges the peer for what is of no use, and gives out the events
+that follow. They belong to the session and use its internals; they stand in a file of their own so that
+each file can be read in one go.
 
-Raises, everywhere: FrameError or FlowControlError, which are fatal to the session.
+Raises, everywhere: FrameError or FlowControlError, or ProtocolError where the peer has nothing left to be
+charged; all of them are fatal to the session.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from reflex.errors import AddressError, FlowControlError, FrameError
 from reflex.protocol import streams as st
 from reflex.protocol.address import decode_address
+from reflex.protocol.allowance import PLAIN_COST, RESET_COST, SESSION_COST, USEFUL_BYTES
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import Frame
 from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
@@ -25,6 +28,7 @@ from reflex.protocol.wire import (
     GOAWAY,
     INCREMENT,
     PING_SIZE,
+    SETTING,
     Code,
     FrameType,
     Network,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 def on_pad(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
+    session._allowance.charge(PLAIN_COST, session.now_s)
     return iter(())
 
 
@@ -46,6 +51,7 @@ def on_data_fin(session: Session, frame: Frame) -> Iterator[Event]:
     stream = stream_of(session, frame)
     session._receive_window.receive(size)
     if stream is None:
+        session._allowance.charge(PLAIN_COST, session.now_s)
         session._give_session_credit(size)
         return
     if not stream.can(st.RECEIVE_FIN) or stream.network != Network.TCP:
@@ -64,6 +70,7 @@ def on_data_fin(session: Session, frame: Frame) -> Iterator[Event]:
 def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, CODE.size)
     stream = stream_of(session, frame)
+    session._allowance.charge(RESET_COST, session.now_s)
     if stream is not None:
         stream.move(st.RECEIVE_RESET)
         session._forget_if_closed(stream)
@@ -73,6 +80,8 @@ def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
 def on_window(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, INCREMENT.size)
     increment = INCREMENT.unpack(frame.payload)[0]
+    if increment < USEFUL_BYTES:
+        session._allowance.charge(PLAIN_COST, session.now_s)
     if frame.stream_id == 0:
         was_shut = session._send_window.available == 0
         session._send_window.add(increment)
@@ -83,6 +92,7 @@ def on_window(session: Session, frame: Frame) -> Iterator[Event]:
     if stream is None:
         if increment < 1:
             raise FlowControlError("a window raised by 0")
+        session._allowance.charge(PLAIN_COST, session.now_s)
         return
     was_shut = stream.send_window.available == 0
     stream.send_window.add(increment)
@@ -97,10 +107,13 @@ def on_open(session: Session, frame: Frame) -> Iterator[Event]:
     network, address, status = read_open(frame)
     session._highest_id = stream_id
     if session._goaway_sent:
+        session._allowance.charge(RESET_COST, session.now_s)
         session._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.SHUTTING_DOWN))
     elif len(session.streams) >= session._max_streams:
+        session._allowance.charge(RESET_COST, session.now_s)
         session._encoder.write(FrameType.RESET, stream_id, CODE.pack(Code.LIMIT))
     elif status or network is None:
+        session._allowance.charge(PLAIN_COST, session.now_s)
         session._encoder.write(FrameType.OPENED, stream_id, bytes([status]))
     else:
         stream = session.streams[stream_id] = Stream(stream_id, st.CALLED, network)
@@ -113,6 +126,7 @@ def on_opened(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, 1)
     stream = stream_of(session, frame)
     if stream is None:
+        session._allowance.charge(PLAIN_COST, session.now_s)
         return
     status = frame.payload[0]
     event = st.RECEIVE_OPENED if status == Status.SUCCEEDED else st.RECEIVE_REFUSAL
@@ -130,6 +144,7 @@ def on_datagram(session: Session, frame: Frame) -> Iterator[Event]:
     except AddressError:
         raise FrameError("a DATAGRAM whose address is none") from None
     if stream is None:
+        session._allowance.charge(PLAIN_COST, session.now_s)
         return
     if stream.network == Network.TCP or not st.MAY_RECEIVE[stream.state]:
         raise FrameError(f"DATAGRAM on {stream!r}")
@@ -147,6 +162,7 @@ def on_datagram(session: Session, frame: Frame) -> Iterator[Event]:
 def on_ping(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
     check_size(frame, PING_SIZE)
+    session._allowance.charge(PLAIN_COST, session.now_s)
     session._encoder.write(FrameType.PONG, 0, frame.payload)
     return iter(())
 
@@ -154,12 +170,14 @@ def on_ping(session: Session, frame: Frame) -> Iterator[Event]:
 def on_pong(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
     check_size(frame, PING_SIZE)
+    session._allowance.charge(PLAIN_COST, session.now_s)
     session._liveness.pong(frame.payload, session.now_s)
     return iter(())
 
 
 def on_settings(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
+    session._allowance.charge(SESSION_COST + len(frame.payload) // SETTING.size, session.now_s)
     for setting, value in read_settings(frame):
         if setting == Setting.MAX_STREAMS:
             session._peer_max_streams = value
@@ -173,9 +191,11 @@ def on_settings(session: Session, frame: Frame) -> Iterator[Event]:
 def on_goaway(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
     check_size(frame, GOAWAY.size)
+    session._allowance.charge(SESSION_COST, session.now_s)
     last_id, code = GOAWAY.unpack(frame.payload)
-    session._goaway_received = True
-    yield session._event.set(EventKind.GOAWAY, None, code)
+    if not session._goaway_received:
+        session._goaway_received = True
+        yield session._event.set(EventKind.GOAWAY, None, code)
     if session._is_client:
         for stream in [stream for stream_id, stream in session.streams.items() if stream_id > last_id]:
             if not stream.is_closed:

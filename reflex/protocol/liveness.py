@@ -11,6 +11,8 @@ MIN_KEEPALIVE_S: Final = 1.0
 MAX_KEEPALIVE_S: Final = 600.0
 ROUND_TRIP_WEIGHT: Final = 0.25  # of a new sample in the running mean
 ROUND_TRIP_INTERVAL_S: Final = 1.0  # between measurements, while windows are being emptied
+# The same while round trips are too short for the clock: soon again, but not with every update of a window.
+ROUND_TRIP_RETRY_S: Final = 0.01
 
 
 class Liveness:
@@ -55,7 +57,10 @@ class Liveness:
 
     def measurement_is_due(self, now_s: float) -> bool:
         """Whether a PING should be sent to learn the round trip."""
-        return not self._ping_is_out and (not self.round_trip_s or now_s - self._ping_sent_s >= ROUND_TRIP_INTERVAL_S)
+        if self._ping_is_out:
+            return False
+        interval_s = ROUND_TRIP_INTERVAL_S if self.round_trip_s else ROUND_TRIP_RETRY_S
+        return not self._pings or now_s - self._ping_sent_s >= interval_s
 
     def next_ping(self, now_s: float) -> bytes:
         """The payload of a PING that is sent now."""

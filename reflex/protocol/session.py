@@ -5,7 +5,8 @@ does no I/O: the application receives into :meth:`Session.receive_buffer`, draws
 makes calls, and sends :meth:`Session.output`. It knows no clock: the application sets ``now_s``.
 
 What a peer may make this side keep is bounded: DATA by the windows, streams by the limit that SETTINGS
-announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over.
+announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over. So it is
+after too many frames that are of no use to anybody (:mod:`reflex.protocol.allowance`).
 
 Credit of a stream is given back when the application has consumed the bytes. Credit of the session is
 given back on arrival, so that one stream whose reader is slow does not stop the others, for as long as
@@ -28,6 +29,7 @@ from reflex.errors import (
 )
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
+from reflex.protocol.allowance import PLAIN_COST, USEFUL_BYTES, Allowance
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
@@ -60,6 +62,9 @@ from reflex.protocol.wire import (
 
 # Answers that wait for a peer which does not read them; DATA is bounded by the windows.
 MAX_UNSENT_BYTES: Final = 1_048_576
+# DATA below this is counted, since a record holds thousands of such frames, each of which takes microseconds.
+SMALL_DATA_BYTES: Final = 64
+NO_LIMIT: Final = 1 << 30  # more small frames than one draw can bring
 
 # Plain ints and bound names for what is asked for every frame.
 _DATA: Final = int(FrameType.DATA)
@@ -81,6 +86,7 @@ class Session:
     """
 
     __slots__ = (
+        "_allowance",
         "_budget",
         "_decoder",
         "_encoder",
@@ -92,6 +98,7 @@ class Session:
         "_is_client",
         "_is_ending",
         "_is_over",
+        "_left_off",
         "_liveness",
         "_max_streams",
         "_peer_max_streams",
@@ -140,9 +147,11 @@ class Session:
         self._withheld = 0  # received bytes whose session credit waits for the reader
         self.now_s = now_s
         self._liveness = Liveness(keepalive_s, now_s)
+        self._allowance = Allowance(now_s)
         self.peer_time_ms = 0
         self._goaway_sent = False
         self._goaway_received = False
+        self._left_off: tuple[memoryview, int] | None = None  # where the last draw stopped: the body, the next frame
         self._is_over = False  # close_buffers was called
         self._is_ending = False  # it was, or CLOSE was sent or received
         self.close_sent = False
@@ -232,15 +241,21 @@ class Session:
             rest = rest[self._decoder.feed(rest) :]
             yield from self.events()
 
-    def events(self) -> Iterator[Event]:
+    def events(self, small_frames: int = NO_LIMIT) -> Iterator[Event]:
         """Give out what the received bytes say. To be drawn to the end.
 
         The event object, and its ``data``, are valid until the next one is drawn.
+
+        Args:
+            small_frames: how many DATA frames below SMALL_DATA_BYTES to give out at the most. Where there
+                are more, :attr:`is_left_off` is true afterwards, and this is to be called again before
+                anything else is received.
 
         Raises:
             ProtocolError: fatal (protocol section 5): call :meth:`close_buffers`, send nothing more.
         """
         self._liveness.received_s = self.now_s
+        self._check_answers()  # those to DATA, too, which is not asked frame by frame
         decoder = self._decoder
         event = self._event
         live = self.streams
@@ -248,9 +263,10 @@ class Session:
         budget = self._budget
         share = self.share
         try:
-            while (body := decoder.next_body()) is not None:
+            body, end = self._left_off or (decoder.next_body(), 0)
+            self._left_off = None
+            while body is not None:
                 size = len(body)
-                end = 0
                 while end < size:
                     if self._is_over:
                         return  # the body is not this session's any more
@@ -266,15 +282,19 @@ class Session:
                         yield from self._take(type_and_size >> 24, stream_id, body[start:end])
                         continue
                     # DATA, the common case, without a call: windows first, then the stream.
-                    if not payload_bytes:
-                        raise FrameError("an empty DATA frame")
+                    if payload_bytes < SMALL_DATA_BYTES:
+                        if not payload_bytes:
+                            raise FrameError("an empty DATA frame")
+                        if not small_frames:
+                            self._left_off = body, start - FRAME_HEADER_SIZE
+                            return
+                        small_frames -= 1
                     if payload_bytes > session_window.available:
                         session_window.receive(payload_bytes)  # raises
                     session_window.available -= payload_bytes
                     stream = live.get(stream_id)
                     if stream is None:
-                        self._check_was_opened(stream_id)
-                        self._give_session_credit(payload_bytes)
+                        self._take_late_data(stream_id, payload_bytes)
                         continue
                     if not MAY_RECEIVE[stream.state] or not stream.is_tcp:
                         raise FrameError(f"DATA on {stream!r}")
@@ -294,8 +314,22 @@ class Session:
                     event.stream = stream
                     event.data = body[start:end]
                     yield event
+                body, end = decoder.next_body(), 0
         finally:
-            decoder.settle()
+            if self._left_off is None:
+                decoder.settle()
+
+    @property
+    def is_left_off(self) -> bool:
+        """Whether :meth:`events` stopped at its limit, with more to give out."""
+        return self._left_off is not None
+
+    def _take_late_data(self, stream_id: int, size_bytes: int) -> None:
+        """DATA for a stream that has ended: its bytes are nobody's."""
+        self._check_was_opened(stream_id)
+        if size_bytes < USEFUL_BYTES:
+            self._allowance.charge(PLAIN_COST, self.now_s)
+        self._give_session_credit(size_bytes)
 
     def _take(self, frame_type: int, stream_id: int, payload: memoryview) -> Iterator[Event]:
         """Any frame but DATA; and any at all once the session is ending."""
@@ -313,6 +347,11 @@ class Session:
                 self._frames.release(frame)
         elif frame_type < FIRST_IGNORED_TYPE:
             raise FrameError(f"a frame of unknown type {frame_type:#04x}")
+        else:
+            self._allowance.charge(PLAIN_COST, self.now_s)
+        self._check_answers()
+
+    def _check_answers(self) -> None:
         if self._encoder.control_bytes > MAX_UNSENT_BYTES:
             raise ProtocolError("the peer asks for answers and does not read them")
 
@@ -550,6 +589,7 @@ class Session:
             return True
         if self._liveness.ping_is_due(self.now_s):
             self.ping()
+            self._liveness.sent_s = self.now_s  # as good as sent: where nothing can be sent, no further ones pile up
         if self._withheld and not self._is_ending and self._has_room_to_hold():
             withheld, self._withheld = self._withheld, 0
             self._give_session_credit(withheld)  # others have made room
@@ -599,6 +639,7 @@ class Session:
 
         After this only :meth:`consumed` may be called, for what streams had received before.
         """
+        self._left_off = None
         self._encoder.close()
         self._decoder.close()
         self._is_over = self._is_ending = True
