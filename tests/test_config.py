@@ -108,6 +108,7 @@ def test_least_inbound_has_the_defaults(tmp_path: Path) -> None:
     assert loaded.targets.allow == loaded.targets.deny == ()
     limits = loaded.limits
     assert (limits.max_connections, limits.max_streams) == (5000, 1000)
+    assert limits.buffered_bytes == 256 * 2**20
     assert (limits.handshake_timeout_s, limits.dial_timeout_s) == (10, 10)
     assert (limits.idle_timeout_s, limits.drain_s) == (300, 30)
     assert loaded.tcp == TcpSettings(nodelay=True, keepalive_s=600)
@@ -484,6 +485,7 @@ def test_nothing_in_outbound(tmp_path: Path) -> None:
     ("line", "problem"),
     [
         ("max_connections = 0", "the number 0; expected a whole number from 1 to 1000000"),
+        ("buffered_bytes = 1000", "the number 1000; expected a whole number from 1048576 to 1099511627776"),
         ("max_connections = -5", "the number -5; expected a whole number"),
         ("max_connections = 5000000", "the number 5000000; expected a whole number"),
         ("max_connections = 5.0", "the number 5.0; expected a whole number"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from reflex.errors import DialError
+from reflex.net.dial import is_own_fault
 from reflex.net.resolver import Resolver
 from reflex.protocol.wire import Status
 from tests.pair import DEADLINE_S, in_loop, turns, until
@@ -112,6 +113,21 @@ def test_a_failure_has_the_status_that_tells_the_truth(error: Exception | None, 
         assert caught.value.status == status
 
     test()
+
+
+@in_loop
+async def test_a_name_is_not_at_fault_where_descriptors_have_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    def no_socket(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socket", no_socket)
+    with pytest.raises(DialError, match=r"cannot resolve nowhere\.example: Too many open files") as caught:
+        await Resolver(look_up=look_up).resolve("alice", "nowhere.example", 80)
+    assert caught.value.status == Status.GENERAL_FAILURE
+    assert is_own_fault(caught.value)
 
 
 @in_loop

@@ -123,6 +123,8 @@ class Resolver:
                 outcome = (self._look_up or socket.getaddrinfo)(
                     job.host.encode("ascii"), job.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
                 )
+            except socket.gaierror as error:
+                outcome = _want_of_descriptors() or error
             except Exception as error:
                 outcome = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -147,6 +149,15 @@ class Resolver:
                 self._start(waiting.popleft())
             if not waiting:
                 del self._waiting[owner]
+
+
+def _want_of_descriptors() -> OSError | None:
+    """Why a socket cannot be had now, if so: the system's resolver tells that as if the name were at fault."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def checked(host: str, found: list[Any]) -> list[AddrInfo]:
