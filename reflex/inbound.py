@@ -3,7 +3,8 @@
     app -> SOCKS5 -> relay -> session -> encoder (record sealed) -> TUNNEL -> decoder -> session -> relay -> target
 
 1. A listener accepts; a :class:`Greeting` reads the first bytes and decides whether they are Reflex.
-   What is not goes to the fallback web server, or into silence.
+   What is not goes to the fallback web server, or into silence. At the limit of connections the oldest
+   greeting gives way to the new connection, so that strangers cannot lock users out.
 2. A hello that passed every check is answered in one write with the session's SETTINGS, and the
    connection becomes a :class:`Tunnel`.
 3. Each OPEN on it becomes a :class:`TargetRelay`, which dials the target, answers, and relays.
@@ -20,11 +21,13 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from reflex.config import HostPort, InboundSettings
 from reflex.errors import DialError, StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
+from reflex.net.failures import Failures, source_of
 from reflex.net.greeting import Door, Greeting
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
 from reflex.net.relay import Relay
@@ -42,6 +45,8 @@ from reflex.protocol.wire import Code, Status
 from reflex.worker import WorkerContext
 
 log = logging.getLogger(__name__)
+
+DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see _has_room) grows smaller
 
 
 class Inbound:
@@ -72,7 +77,7 @@ class Inbound:
         )
         self._door: Door | None = None
         self._listeners: list[Listener] = []
-        self._greetings: set[Greeting] = set()
+        self._greetings: dict[Greeting, None] = {}  # in the order of their arrival
         self._tunnels: set[Tunnel] = set()
         self._relays: set[Relay] = set()
         self._is_draining = False
@@ -87,6 +92,7 @@ class Inbound:
             replay=self._replay,
             pools=self._pools,
             counters=self._counters,
+            failures=Failures(),
             handshake_timeout_s=settings.limits.handshake_timeout_s,
             fallback=None if settings.fallback is None else await _fallback_address(settings.fallback),
             on_hello=self._on_hello,
@@ -107,20 +113,38 @@ class Inbound:
     # 1. A connection arrives.
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if self._connections() >= self._settings.limits.max_connections:
+        if not self._has_room():
             self._counters.connections_refused += 1
             sock.close()
             return
         self._counters.connections_accepted += 1
         try:
             dial.set_options(sock, nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
-            peer = "%s:%d" % sock.getpeername()[:2]  # noqa: UP031  # two values of a longer tuple
+            host, port = sock.getpeername()[:2]
         except OSError:
             sock.close()  # it left before it was looked at
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
-        self._greetings.add(Greeting(self._door, sock, peer))
+        self._greetings[Greeting(self._door, sock, f"{host}:{port}", source_of(host))] = None
         self._publish_connections()
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
+
+        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
+        other workers, a worker without any takes one connection beyond it: the others make up for
+        that with the next connections that they accept.
+        """
+        limit = self._settings.limits.max_connections
+        for _ in range(DISPLACED_PER_ACCEPT):
+            if self._connections() < limit or not self._greetings:
+                break
+            self._counters.connections_displaced += 1
+            next(iter(self._greetings)).end(reset=False)
+        if self._connections() < limit:
+            return True
+        tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
+        return not self._greetings and len(self._tunnels) + tunnels_elsewhere < limit
 
     def _connections(self) -> int:
         """How many there are, in all workers."""
@@ -130,16 +154,17 @@ class Inbound:
     def _publish_connections(self) -> None:
         if self._shared is not None:
             self._shared.connections.publish(len(self._greetings) + len(self._tunnels))
+            self._shared.tunnels.publish(len(self._tunnels))
 
     def _on_greeting_end(self, greeting: Greeting) -> None:
-        self._greetings.discard(greeting)
+        self._greetings.pop(greeting, None)
         self._publish_connections()
         self._check_all_ended()
 
     # 2. It is Reflex.
 
     def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
-        self._greetings.discard(greeting)
+        del self._greetings[greeting]
         answer = self._pools.server_hellos.acquire()
         try:
             session = Session.server(
@@ -180,6 +205,7 @@ class Inbound:
             on_stream_end=self._on_stream_end,
         )
         self._tunnels.add(tunnel)
+        self._publish_connections()
         if rest:
             tunnel.feed(rest)
 

@@ -146,6 +146,7 @@ class Supervisor:
         self._log = log
         self._replay = ReplaySet(int(time.time()))
         self._counts = SharedCounts(len(self._slots))
+        self._tunnel_counts = SharedCounts(len(self._slots))
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._was_ready = False
@@ -243,6 +244,7 @@ class Supervisor:
                 slot.sockets,
                 RemoteReplaySet(replay, self._counts),
                 SharedCount(self._counts, slot.number),
+                SharedCount(self._tunnel_counts, slot.number),
             )
             code = self._run_worker(context, ParentControl(control))
         except BaseException:
@@ -306,7 +308,7 @@ class Supervisor:
         while self._on_control(slot):
             pass  # what it said last
         self._drop_channels(slot)
-        self._counts[slot.number] = 0
+        self._counts[slot.number] = self._tunnel_counts[slot.number] = 0
         how = _how_it_ended(code)
         if self._is_stopping:
             if code != EXIT_STOPPED and self._stop_orders < ORDERS_TO_END:

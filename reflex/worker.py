@@ -4,7 +4,7 @@ The parent (:mod:`reflex.supervisor`) makes a :class:`WorkerContext` for each wo
 
 - its own listening sockets, one of a group for each address, among which the kernel spreads the connections;
 - the replay set, which is the parent's and is asked through a socket pair (:class:`RemoteReplaySet`);
-- the other workers' numbers of connections, in shared memory (:class:`SharedCount`).
+- the other workers' numbers of connections, and of tunnels among them, in shared memory (:class:`SharedCount`).
 
 A worker takes its orders from the parent alone (:class:`ParentControl`): a terminal and a service manager send
 their signals to every process, and what is one order must not look like two. If the parent is gone, the worker
@@ -122,12 +122,14 @@ class WorkerContext:
     """What a daemon needs to be one of several workers.
 
     ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order.
+    ``tunnels`` counts those of the connections that are authenticated; a client's half leaves it alone.
     """
 
     number: int
     sockets: Sequence[socket.socket]
     replay: RemoteReplaySet
     connections: SharedCount
+    tunnels: SharedCount
 
 
 class ParentControl:

@@ -135,7 +135,7 @@ def echo_port() -> Iterator[int]:
 
 
 def test_a_hello_replayed_to_another_worker_is_refused(tmp_path: Path, keys: Keys) -> None:
-    attempts = 40
+    attempts = 20  # as many failures as one address may have at once
     with start_inbound(tmp_path, keys, {"workers": 2}) as inbound:
         ((_, port),) = inbound.wait_ready()
         hello = hello_bytes(keys)
@@ -234,10 +234,11 @@ def test_max_connections_is_of_all_workers(tmp_path: Path, keys: Keys) -> None:
             until(partial(has_seen, inbound, count))  # so that no two workers decide at the same moment
         figures = statistics(inbound, workers=2)
         accepted = [each["counters"]["connections_accepted"] for each in figures.values()]
-        refused = [each["counters"]["connections_refused"] for each in figures.values()]
-        assert sum(accepted) == 10
+        assert sum(accepted) == 20
         assert all(accepted)
-        assert sum(refused) == 10
+        assert not any(each["counters"]["connections_refused"] for each in figures.values())
+        # Strangers give way to each other. A worker that had none may have taken one beyond the limit.
+        assert sum(each["gauges"]["greetings"] for each in figures.values()) in (10, 11)
         for sock in sockets:
             sock.close()
 
