@@ -281,3 +281,39 @@ async def test_where_fin_cannot_be_passed_on_both_are_reset() -> None:
         join.client.finish()
         await join.client.expect_reset()
         await join.ended()
+
+
+@in_loop
+async def test_who_stays_after_the_web_server_has_left_is_forgotten_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fallback_module, "HALF_CLOSED_S", 0.05)
+    with Origin() as web, joined(web.address, b"x") as join:
+        server = await web.accept()
+        await asyncio.sleep(0.1)  # silence before the web server's end counts for nothing
+        assert not join.fallback.ended
+        server.finish()
+        await join.client.expect_fin()
+        await join.ended()
+        assert await server.receive_all() == b"x"
+
+
+@in_loop
+async def test_who_still_sends_after_the_web_servers_fin_is_heard_for_as_long_as_it_takes() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        server.finish()
+        await join.client.expect_fin()
+        first = join.fallback._timer
+        assert first is not None
+        for _ in range(3):
+            await join.client.send(b"more")
+            assert await server.receive(4) == b"more"
+        second = join.fallback._timer
+        assert first.cancelled()
+        assert second is not None
+        assert not second.cancelled()
+        join.client.finish()
+        await server.expect_fin()
+        await join.ended()
+        assert second.cancelled()
