@@ -275,10 +275,10 @@ class Supervisor:
         """One question about the replay set, of which there may be none; returns whether there was one."""
         question = _receive(slot.replay)
         if question is not None and len(question) == QUERY.size:
-            sequence, ephemeral, time_s, now_s = QUERY.unpack(question)
+            sequence, ephemeral, user_id, time_s, now_s = QUERY.unpack(question)
             reason = ""
             try:
-                self._replay.check_and_insert(ephemeral, time_s, now_s)
+                self._replay.check_and_insert(ephemeral, user_id, time_s, now_s)
             except Replayed as error:
                 reason = str(error)
             self._counts[0] = len(self._replay)

@@ -28,7 +28,7 @@ from reflex.errors import Replayed
 log = logging.getLogger(__name__)
 
 # What the processes say to each other, one message a datagram.
-QUERY: Final = struct.Struct("!I32sqq")  # sequence, ephemeral key, hello's time, now
+QUERY: Final = struct.Struct("!I32s16sqq")  # sequence, ephemeral key, user id, hello's time, now
 SEQUENCE: Final = struct.Struct("!I")  # an answer: this, then why the hello is refused; nothing if it is taken
 READY: Final = b"ready"
 FAILED: Final = b"failed:"  # then why
@@ -100,11 +100,11 @@ class RemoteReplaySet:
     def __len__(self) -> int:
         return self._counts[0]
 
-    def check_and_insert(self, ephemeral: bytes, time_s: int, now_s: int) -> None:
+    def check_and_insert(self, ephemeral: bytes, user_id: bytes, time_s: int, now_s: int) -> None:
         """As :meth:`reflex.protocol.replay.ReplaySet.check_and_insert`; refuses as well what gets no answer."""
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
         try:
-            self._sock.send(QUERY.pack(self._sequence, ephemeral, time_s, now_s))
+            self._sock.send(QUERY.pack(self._sequence, ephemeral, user_id, time_s, now_s))
             while True:
                 answer = self._sock.recv(MESSAGE_MAX_BYTES)
                 if not answer:
