@@ -19,7 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo bench bench-quick test lint cover clean help
+.PHONY: demo bench bench-quick test lint cover soak clean help
 
 demo: $(VENV)/.runtime-installed ## run both daemons on loopback, move and verify data, print a short table
 	@$(BIN)/python -m bench.demo
@@ -45,6 +45,9 @@ lint: $(VENV)/.dev-installed ## ruff, mypy --strict and the layer check
 cover: $(VENV)/.dev-installed ## the tests alone, with a browsable report in htmlcov/
 	@rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-report=html $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev-installed ## the long tests: chaos, floods, probes
+	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(PYTEST_ARGS)
 
 clean: ## remove the virtual environment and everything that was generated
 	rm -rf $(VENV) *.egg-info build dist htmlcov .coverage .coverage.* \

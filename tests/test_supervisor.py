@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -15,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,13 +24,13 @@ import pytest
 from bench.local import Process
 from reflex import supervisor
 from reflex.net.listener import open_listening, open_shared
-from reflex.protocol.handshake import ClientCredentials, ClientHandshake
-from reflex.protocol.wire import CLIENT_HELLO_SIZE, SERVER_HELLO_SIZE, Suite
+from reflex.protocol.wire import SERVER_HELLO_SIZE
 from reflex.supervisor import MAX_DELAY_S, replacement_delay_s
 from tests.processes import (
     EchoServer,
     Keys,
     Origin,
+    hello_bytes,
     make_pair,
     receive_exactly,
     socks_connect,
@@ -108,17 +106,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def hello_bytes(keys: Keys) -> bytes:
-    """A client's hello, as it could be recorded."""
-    credentials = ClientCredentials(
-        base64.b64decode(keys.public_key), uuid.UUID(keys.user_id).bytes, base64.b64decode(keys.user_key)
-    )
-    hello = bytearray(CLIENT_HELLO_SIZE)
-    handshake = ClientHandshake(credentials, suite=Suite.AES_256_GCM, time_s=int(time.time()), random_bytes=os.urandom)
-    handshake.write_hello(memoryview(hello))
-    return bytes(hello)
 
 
 def echo(port: int, target_port: int, size: int = 1000) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 
 from reflex.errors import DialError
 from reflex.net.backlog import Backlog
-from reflex.net.dial import begin_connect, finish_connect
+from reflex.net.dial import begin_connect, finish_connect, is_connected
 from reflex.net.relay import set_reset_on_close
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -84,18 +84,33 @@ class Fallback:
         self._server = _Side(server, buffers)
         if first:
             self._server.backlog.keep(first)
-        loop.add_writer(self._server.fd, self._connected)
+        try:
+            # On the same machine it is: what the caller does next is then nothing that the client waits for.
+            connected = is_connected(server, address)
+        except DialError as error:
+            self._cannot_connect(error)
+            return
+        if connected:
+            self._begin(self._server)
+        else:
+            loop.add_writer(self._server.fd, self._on_connect)
 
-    def _connected(self) -> None:
+    def _on_connect(self) -> None:
         server = self._server
         assert server is not None  # noqa: S101  # it is the one that became writable
         self._loop.remove_writer(server.fd)
         try:
             finish_connect(server.sock)
         except DialError as error:
-            log.warning("fallback: %s", error)
-            self.end(reset=True)  # refused, or connected and reset already: either is an RST
+            self._cannot_connect(error)
             return
+        self._begin(server)
+
+    def _cannot_connect(self, error: DialError) -> None:
+        log.warning("fallback: %s", error)
+        self.end(reset=True)  # refused, or connected and reset already: either is an RST
+
+    def _begin(self, server: _Side) -> None:
         self._write(server)
         if self._client.read_ended:
             self._end_writing(server)

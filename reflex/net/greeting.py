@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 FIRST_READ_BYTES: Final = 8_192  # behind the hello: the client's first records, or a browser's request
 SILENCE_MAX_MS: Final = 30_000  # of the random time that a failed connection is kept longer
+_REFUSED: Final = "%s: hello refused: %s"
+_NO_HELLO: Final = "%s: no hello, given to the web server; random bytes in its place: %s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ class Greeting:
             if read_ended:
                 self.end(reset=False)
             return  # more is awaited
-        verdict = self._judge(hello[:received]) if received else None
+        is_hello = received == CLIENT_HELLO_SIZE and not (looks_like_http_or_tls(hello) and door.fallback is not None)
+        verdict = self._judge(bytes(hello), is_hello=is_hello) if received else None
         if isinstance(verdict, AcceptedHello):
             self._leave()
             door.on_hello(self, self._sock, verdict, rest)
@@ -154,16 +157,16 @@ class Greeting:
         else:
             self._discard_for(max(0.0, self._timer.when() - door.loop.time()))
         if verdict is not None:
-            # Only now: the time that this takes is nothing that the peer could see.
-            door.counters.handshakes_failed += 1
-            # An authentic hello is worth a line to the operator; junk is not.
+            # Only now, when the web server has the bytes: an authentic hello is worth a line to the operator.
+            door.counters.handshakes_failed += is_hello
             level = logging.DEBUG if isinstance(verdict, AuthenticationFailed) else logging.WARNING
-            log.log(level, "%s: hello refused: %s", self._peer, verdict)
+            log.log(level, _REFUSED if is_hello else _NO_HELLO, self._peer, verdict)
 
-    def _judge(self, first: memoryview) -> AcceptedHello | HandshakeError | None:
-        """What the first bytes are: a hello that passes, one that fails, or (None) nothing that was tried.
+    def _judge(self, hello: bytes, *, is_hello: bool) -> AcceptedHello | HandshakeError | None:
+        """Whether it passes, or why not; for what is no hello, why random bytes do not; None where nothing is tried.
 
-        With a fallback the answer takes the same time for all that is not accepted.
+        Up to the tag the same is done for each of them, to the last copy: what takes a microsecond longer
+        is seen in ten thousand probes.
         """
         door = self._door
         now_s = door.loop.time()
@@ -171,12 +174,10 @@ class Greeting:
             door.counters.hellos_not_tried += 1
             log.debug("%s: not tried as a hello: too many have failed from its address", self._peer)
             return None
-        may_be_hello = len(first) == CLIENT_HELLO_SIZE and not (
-            door.fallback is not None and looks_like_http_or_tls(first)
-        )
+        stand_in = secrets.token_bytes(CLIENT_HELLO_SIZE)
         try:
             return accept_hello(
-                first if may_be_hello else secrets.token_bytes(CLIENT_HELLO_SIZE),
+                hello if is_hello else stand_in,
                 door.credentials,
                 now_s=int(time.time()),
                 replay=door.replay,
@@ -184,7 +185,7 @@ class Greeting:
             )
         except HandshakeError as error:
             door.failures.count(self._source, now_s)
-            return error if may_be_hello else None
+            return error
 
     def _leave(self) -> None:
         """The connection stops being this object's."""
