@@ -20,7 +20,6 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Final
 
 from reflex.config import HostPort, InboundSettings
@@ -46,6 +45,9 @@ from reflex.worker import WorkerContext
 
 log = logging.getLogger(__name__)
 
+# A stranger costs up to a quarter of a millisecond: after so many it is the tunnels' turn again, so that a flood
+# which takes all of the processor leaves each of them a read every two milliseconds.
+ACCEPTS_PER_TURN: Final = 8
 DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see _has_room) grows smaller
 
 
@@ -100,11 +102,21 @@ class Inbound:
         )
         try:
             if self._shared is not None:
-                listen = partial(Listener.of_socket, self._loop, on_accept=self._on_accept)
-                self._listeners += map(listen, self._shared.sockets)
+                self._listeners += [
+                    Listener.of_socket(self._loop, sock, self._on_accept, accepts_per_turn=ACCEPTS_PER_TURN)
+                    for sock in self._shared.sockets
+                ]
             else:
                 for address in settings.listen:
-                    self._listeners.append(Listener(self._loop, address.host, address.port, self._on_accept))
+                    self._listeners.append(
+                        Listener(
+                            self._loop,
+                            address.host,
+                            address.port,
+                            self._on_accept,
+                            accepts_per_turn=ACCEPTS_PER_TURN,
+                        )
+                    )
         except StartError:
             self._stop_listening()
             raise

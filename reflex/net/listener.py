@@ -42,6 +42,8 @@ class Listener:
         host: a name or address.
         port: 0 for any free one.
         on_accept: called with each accepted socket, non-blocking, which is the callee's.
+        accepts_per_turn: the most that are accepted before what else is ready gets its turn;
+            None: ACCEPTS_PER_TURN.
 
     Raises:
         StartError: the address cannot be listened on; the text names it and says why.
@@ -53,23 +55,35 @@ class Listener:
         host: str,
         port: int,
         on_accept: Callable[[socket.socket], None],
+        *,
+        accepts_per_turn: int | None = None,
     ) -> None:
-        self._begin(loop, open_listening(host, port), on_accept)
+        self._begin(loop, open_listening(host, port), on_accept, accepts_per_turn)
 
     @classmethod
     def of_socket(
-        cls, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_accept: Callable[[socket.socket], None],
+        *,
+        accepts_per_turn: int | None = None,
     ) -> Listener:
         """A listener on a socket that listens already; the socket is the listener's from now on."""
         listener = cls.__new__(cls)
-        listener._begin(loop, sock, on_accept)
+        listener._begin(loop, sock, on_accept, accepts_per_turn)
         return listener
 
     def _begin(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_accept: Callable[[socket.socket], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_accept: Callable[[socket.socket], None],
+        accepts_per_turn: int | None,
     ) -> None:
         self._loop = loop
         self._on_accept = on_accept
+        self._accepts_per_turn = accepts_per_turn or ACCEPTS_PER_TURN
         self._pause_timer: asyncio.TimerHandle | None = None
         self._sock = sock
         loop.add_reader(sock, self._accept)
@@ -80,7 +94,7 @@ class Listener:
         return listening_address(self._sock)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(self._accepts_per_turn):
             try:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
