@@ -1,7 +1,7 @@
 """A flood of strangers, as a program of its own: ``python -m tests.junk PORT RATE SECONDS [--hold] [--one-address]``.
 
 It makes RATE connections a second to PORT on loopback, sends 76 random bytes on each and closes it; with ``--hold`` it
-sends half of that and keeps it, until it is told to end. Each comes from an address of its own, unless
+sends 38 of them and keeps it, until it is told to end. Each comes from an address of its own, unless
 ``--one-address`` is given. At the end, on stderr, how many were made, how many could not be (the listener's
 queue was full), and what they took: ``junk: made N, failed M, seconds S, processor seconds P``.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--hold", action="store_true")
     parser.add_argument("--one-address", action="store_true")
     arguments = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     junk = b"\x00" + os.urandom(75)
     kept: list[socket.socket] = []
     made = failed = number = 0
