@@ -16,15 +16,42 @@ from typing import Final
 import pytest
 
 from reflex.protocol.wire import HELLO_TIME_LIMIT_S, SERVER_HELLO_SIZE
-from tests.processes import Keys, Process, eventually, hello_bytes, receive_exactly, start_inbound
+from tests.processes import (
+    EchoServer,
+    Keys,
+    Process,
+    eventually,
+    hello_bytes,
+    receive_exactly,
+    socks_connect,
+    start_inbound,
+    start_outbound,
+)
+from tests.webserver import running_nginx
 
 BOUND_S: Final = 20.0
+NOW_S: Final = 1_900_000_000
+LIMIT: Final = HELLO_TIME_LIMIT_S
 SILENT: Final = {"limits": {"handshake_timeout_s": 600}}
 
 
 @pytest.fixture
 def keys() -> Keys:
     return Keys.generate()
+
+
+class Clock:
+    """A daemon's clock in the hands of a test: it stands still until it is set. Seconds since 1970."""
+
+    def __init__(self, path: Path, now_s: float) -> None:
+        self._path = path
+        self.prelude = f"import time; time.time = lambda: float(open({str(path)!r}).read())"
+        self.set(now_s)
+
+    def set(self, now_s: float) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_text(str(now_s))
+        new.replace(self._path)  # at once: the daemon reads whenever it likes
 
 
 def play(port: int, hello: bytes) -> socket.socket:
@@ -49,11 +76,9 @@ def is_refused(process: Process, port: int, hello: bytes, why: str) -> None:
             sock.recv(1)
 
 
-def wait_for_the_next_second() -> int:
-    """Seconds since 1970, just begun."""
+def wait_for_the_next_second() -> None:
     now_s = int(time.time())
     assert eventually(lambda: int(time.time()) > now_s)
-    return int(time.time())
 
 
 @contextlib.contextmanager
@@ -74,8 +99,7 @@ def test_the_same_hello_again_is_refused_and_new_ones_never(tmp_path: Path, keys
             is_answered(port, hello_bytes(keys))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize(("end", "workers"), [("stop", 1), ("kill", 2)])
 def test_a_hello_from_before_a_restart_is_refused_and_new_ones_are_not(
     tmp_path: Path, keys: Keys, end: str, workers: int
 ) -> None:
@@ -95,48 +119,89 @@ def test_a_hello_from_before_a_restart_is_refused_and_new_ones_are_not(
         is_answered(port, hello_bytes(keys))
 
 
-# The edges of the time window, with a clock that the test holds in its hands.
+# A client whose clock is behind, just after a restart.
 
-CLOCK: Final = """
-import time
+BEHIND: Final = "import time\n_time = time.time\ntime.time = lambda: _time() - 5"
+
+
+def test_a_slow_client_that_had_a_session_before_the_restart_is_let_in_at_once(tmp_path: Path, keys: Keys) -> None:
+    """It learned the server's time there. No fallback could tell it."""
+    is_a_minute_ago = tmp_path / "a minute ago"
+    is_a_minute_ago.touch()
+    prelude = f"""
+import os, time
 _time = time.time
-time.time = lambda: _time() + float(open({path!r}).read())
+time.time = lambda: _time() - 60 * os.path.exists({str(is_a_minute_ago)!r})
 """
+    with EchoServer() as echo, contextlib.ExitStack() as stack:
+        with server(tmp_path, keys, prelude=prelude) as process:
+            server_port = process.wait_ready()[0][1]
+            is_a_minute_ago.unlink()  # it has run for a minute now
+            client = stack.enter_context(start_outbound(tmp_path, keys, server_port, prelude=BEHIND))
+            port = client.wait_ready()[0][1]
+            echo_through(port, echo.port)
+            process.kill()
+        with server(tmp_path, keys, port=server_port) as process:
+            process.wait_ready()
+            echo_through(port, echo.port)
+            assert not any("hello refused" in line for line in process.lines)
 
 
-def test_at_the_edges_of_the_window_and_with_a_clock_that_steps(tmp_path: Path, keys: Keys) -> None:
-    """±120 s is accepted once; beyond that it is refused; no step of the clock makes a taken hello good again."""
-    clock = tmp_path / "clock"
-    clock.write_text("-200")
+def test_a_slow_client_that_comes_first_after_a_restart_is_let_in_by_the_fallbacks_date(
+    tmp_path: Path, keys: Keys
+) -> None:
+    (tmp_path / "nginx").mkdir()
+    with (
+        EchoServer() as echo,
+        running_nginx(tmp_path / "nginx", patience_s=60) as (_, nginx_port),
+        start_inbound(tmp_path, keys, {"fallback": f"127.0.0.1:{nginx_port}"}) as process,
+        start_outbound(tmp_path, keys, process.wait_ready()[0][1], prelude=BEHIND) as client,
+    ):
+        echo_through(client.wait_ready()[0][1], echo.port)
+        assert sum("knows nothing" in line for line in process.lines) == 1
 
-    def step_to(offset_s: int) -> None:
-        clock.write_text(str(offset_s))
 
-    with server(tmp_path, keys, prelude=CLOCK.format(path=str(clock))) as process:
+def echo_through(socks_port: int, target_port: int) -> None:
+    with socks_connect(socks_port, "127.0.0.1", target_port) as sock:
+        sock.sendall(b"still here")
+        assert receive_exactly(sock, 10) == b"still here"
+
+
+# The edges of the time window.
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_at_the_edges_of_the_window_and_with_a_clock_that_steps(tmp_path: Path, keys: Keys, workers: int) -> None:
+    """±120 s is accepted, once; beyond that it is refused; no step of the clock makes a taken hello good again."""
+    clock = Clock(tmp_path / "clock", NOW_S - 1_000)
+
+    def hello(offset_s: int) -> bytes:
+        return hello_bytes(keys, time_s=NOW_S + offset_s)
+
+    with server(tmp_path, keys, workers=workers, prelude=clock.prelude) as process:
         port = process.wait_ready()[0][1]
-        step_to(0)  # it has run for 200 s now
-        now_s = wait_for_the_next_second()
-        limit = HELLO_TIME_LIMIT_S
-        late, early = hello_bytes(keys, time_s=now_s - limit + 1), hello_bytes(keys, time_s=now_s + limit)
-        is_answered(port, late)
-        is_answered(port, early)
-        for hello in (late, early):
-            is_refused(process, port, hello, "hello seen before")
-        is_refused(process, port, hello_bytes(keys, time_s=now_s - limit - 1), "clock is off by")
-        is_refused(process, port, hello_bytes(keys, time_s=now_s + limit + 60), "clock is off by")
-        # Forward: the late one is out of time, the early one is in its middle.
-        step_to(limit)
+        clock.set(NOW_S)
+        late, early = hello(-LIMIT), hello(LIMIT)
+        for each in (late, early):
+            is_answered(port, each)
+            is_refused(process, port, each, "hello seen before")
+        for offset_s in (-LIMIT - 1, LIMIT + 1):
+            is_refused(process, port, hello(offset_s), "clock is off by")
+        # Forward by a second: the late one is out of time, and freed.
+        clock.set(NOW_S + 1)
         is_refused(process, port, late, "clock is off by")
+        is_answered(port, hello(1))
+        # And back: it is in time again, but not good again. Those that are new are.
+        clock.set(NOW_S)
+        is_refused(process, port, late, "knows nothing")
         is_refused(process, port, early, "hello seen before")
-        is_answered(port, hello_bytes(keys, time_s=now_s + limit))  # which frees the late one
-        # And back: it would be in time again.
-        step_to(0)
-        is_refused(process, port, late, "hello seen before|knows nothing")
+        is_answered(port, hello(-LIMIT + 1))
+        # To the early one's last second, and beyond it.
+        clock.set(NOW_S + 2 * LIMIT)
         is_refused(process, port, early, "hello seen before")
-        is_answered(port, hello_bytes(keys))
-        # Far ahead and back, as a clock that is set wrong and right again: all is freed, nothing is good again.
-        step_to(10 * limit)
-        is_answered(port, hello_bytes(keys, time_s=now_s + 10 * limit))
-        step_to(0)
-        for hello in (late, early):
-            is_refused(process, port, hello, "hello seen before|knows nothing")
+        clock.set(NOW_S + 2 * LIMIT + 1)
+        is_refused(process, port, early, "clock is off by")
+        is_answered(port, hello(2 * LIMIT + 1))
+        clock.set(NOW_S)
+        for each in (late, early):
+            is_refused(process, port, each, "knows nothing")

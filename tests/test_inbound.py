@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import socket
@@ -217,6 +218,30 @@ async def test_a_bad_hello_gets_silence_and_no_target_is_dialled() -> None:
         assert stranger.is_silent
         stranger.close()
         await until(lambda: not inbound._greetings)
+
+
+@in_loop
+async def test_a_user_who_makes_hellos_without_end_is_refused_and_others_go_on() -> None:
+    greedy, other = Keys.generate(), Keys.generate()
+    # One server, two users.
+    other = Keys(greedy.private_key, greedy.public_key, other.user_id, other.user_key)
+    settings = inbound_settings(greedy)
+    settings = dataclasses.replace(settings, users=(*settings.users, *inbound_settings(other).users))
+    async with contextlib.AsyncExitStack() as stack:
+        inbound, port = await stack.enter_async_context(running_inbound(settings))
+        assert inbound._door is not None
+        small = ReplaySet(0, capacity=64 * 3)
+        inbound._door = dataclasses.replace(inbound._door, replay=small)
+        remotes = [await raw_client(port, greedy) for _ in range(3)]
+        for _ in range(10):
+            stranger = await connect(port)
+            await stranger.send(greedy.hello(int(time.time())))
+        await until(lambda: inbound._counters.handshakes_failed == 10)
+        assert len(small) == 3
+        remotes += [await raw_client(port, other) for _ in range(3)]
+        assert len(small) == 6
+        for remote in remotes:
+            await leave(remote)
 
 
 @in_loop
