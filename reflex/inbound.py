@@ -19,6 +19,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
@@ -79,7 +80,7 @@ class Inbound:
         )
         self._door: Door | None = None
         self._listeners: list[Listener] = []
-        self._greetings: dict[Greeting, None] = {}  # in the order of their arrival
+        self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: set[Tunnel] = set()
         self._relays: set[Relay] = set()
         self._is_draining = False
