@@ -3,6 +3,7 @@
 #   make demo                        the pair on loopback, data moved and verified, a short table
 #   make test                        every check
 #   make test PYTEST_ARGS="-n 2"     the same, tests on two processes
+#   make soak                        the long forms of some tests: floods, probes
 #   make bench                       beside the peers that are installed; writes docs/benchmarks.md (an hour)
 #   make bench-quick                 ours alone, under two minutes; for before and after a change:
 #   make bench-quick BENCH_ARGS="--compare OLD.json"
@@ -20,7 +21,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo bench bench-quick test fuzz lint cover clean help
+.PHONY: demo bench bench-quick test soak fuzz lint cover clean help
 
 demo: $(VENV)/.runtime-installed ## run both daemons on loopback, move and verify data, print a short table
 	@$(BIN)/python -m bench.demo
@@ -50,6 +51,9 @@ lint: $(VENV)/.dev-installed ## ruff, mypy --strict and the layer check
 cover: $(VENV)/.dev-installed ## the tests alone, with a browsable report in htmlcov/
 	@rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-report=html $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev-installed ## the long tests: chaos, floods, probes
+	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(PYTEST_ARGS)
 
 clean: ## remove the virtual environment and everything that was generated
 	rm -rf $(VENV) *.egg-info build dist htmlcov .coverage .coverage.* \

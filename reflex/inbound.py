@@ -3,7 +3,8 @@
     app -> SOCKS5 -> relay -> session -> encoder (record sealed) -> TUNNEL -> decoder -> session -> relay -> target
 
 1. A listener accepts; a :class:`Greeting` reads the first bytes and decides whether they are Reflex.
-   What is not goes to the fallback web server, or into silence.
+   What is not goes to the fallback web server, or into silence. At the limit of connections the oldest
+   greeting gives way to the new connection, so that strangers cannot lock users out.
 2. A hello that passed every check is answered in one write with the session's SETTINGS, and the
    connection becomes a :class:`Tunnel`.
 3. Each OPEN on it becomes a :class:`TargetRelay`, which dials the target, answers, and relays.
@@ -19,6 +20,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -27,6 +29,7 @@ from reflex.config import HostPort, InboundSettings
 from reflex.errors import DialError, StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net import dial
+from reflex.net.failures import Failures, source_of
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
@@ -55,6 +58,10 @@ log = logging.getLogger(__name__)
 
 METER_INTERVAL_S: Final = 0.5  # how often what users have used of their month is looked at
 METERS_PER_WRITE: Final = 4  # WRITE_INTERVAL_S of reflex.usage, in looks
+# A stranger costs up to a quarter of a millisecond: after so many it is the tunnels' turn again, so that a flood
+# which takes all of the processor leaves each of them a read every two milliseconds.
+ACCEPTS_PER_TURN: Final = 8
+DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see _has_room) grows smaller
 
 
 class Inbound:
@@ -87,7 +94,7 @@ class Inbound:
         )
         self._door: Door | None = None
         self._listeners: list[Listener] = []
-        self._greetings: set[Greeting] = set()
+        self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
         self._discarding = 0  # connections of tunnels that ended by a fatal error
         self._relays: set[Relay] = set()
@@ -107,6 +114,7 @@ class Inbound:
             replay=self._replay,
             pools=self._pools,
             counters=self._counters,
+            failures=Failures(),
             handshake_timeout_s=settings.limits.handshake_timeout_s,
             fallback=None if settings.fallback is None else await _fallback_address(settings.fallback),
             on_hello=self._on_hello,
@@ -116,13 +124,24 @@ class Inbound:
         try:
             if self._shared is not None:
                 listen = partial(
-                    Listener.of_socket, self._loop, on_accept=self._on_accept, on_pause=self._on_accept_pause
+                    Listener.of_socket,
+                    self._loop,
+                    on_accept=self._on_accept,
+                    on_pause=self._on_accept_pause,
+                    accepts_per_turn=ACCEPTS_PER_TURN,
                 )
                 self._listeners += map(listen, self._shared.sockets)
             else:
                 for address in settings.listen:
                     self._listeners.append(
-                        Listener(self._loop, address.host, address.port, self._on_accept, self._on_accept_pause)
+                        Listener(
+                            self._loop,
+                            address.host,
+                            address.port,
+                            self._on_accept,
+                            self._on_accept_pause,
+                            accepts_per_turn=ACCEPTS_PER_TURN,
+                        )
                     )
         except StartError:
             self._stop_listening()
@@ -183,7 +202,7 @@ class Inbound:
     # 1. A connection arrives.
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if self._connections() >= self._settings.limits.max_connections:
+        if not self._has_room():
             self._counters.connections_refused += 1
             sock.close()
             return
@@ -196,11 +215,29 @@ class Inbound:
             sock.close()  # it left before it was looked at
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
-        self._greetings.add(Greeting(self._door, sock, f"{host}:{port}"))
+        self._greetings[Greeting(self._door, sock, f"{host}:{port}", source_of(host))] = None
         self._publish_connections()
 
     def _on_accept_pause(self) -> None:
         self._counters.accept_pauses += 1
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
+
+        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
+        other workers, a worker without any takes one connection beyond it: the others make up for
+        that with the next connections that they accept.
+        """
+        limit = self._settings.limits.max_connections
+        for _ in range(DISPLACED_PER_ACCEPT):
+            if self._connections() < limit or not self._greetings:
+                break
+            self._counters.connections_displaced += 1
+            next(iter(self._greetings)).end(reset=False)
+        if self._connections() < limit:
+            return True
+        tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
+        return not self._greetings and len(self._tunnels) + self._discarding + tunnels_elsewhere < limit
 
     def _connections(self) -> int:
         """How many there are, in all workers."""
@@ -213,16 +250,17 @@ class Inbound:
     def _publish_connections(self) -> None:
         if self._shared is not None:
             self._shared.connections.publish(self._own_connections())
+            self._shared.tunnels.publish(len(self._tunnels) + self._discarding)
 
     def _on_greeting_end(self, greeting: Greeting) -> None:
-        self._greetings.discard(greeting)
+        self._greetings.pop(greeting, None)
         self._publish_connections()
         self._check_all_ended()
 
     # 2. It is Reflex.
 
     def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
-        self._greetings.discard(greeting)
+        del self._greetings[greeting]
         user = self._limited.get(hello.user_id)
         max_streams = self._settings.limits.max_streams
         is_allowed = user is None or user.take_tunnel()
@@ -272,6 +310,7 @@ class Inbound:
             on_discard=self._on_discard,
         )
         self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
+        self._publish_connections()
         if user is not None and is_allowed:
             user.add(tunnel)
         if rest:

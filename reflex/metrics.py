@@ -18,8 +18,10 @@ class Counters:
     connections_accepted: int = 0
     connections_refused: int = 0  # over max_connections, or for want of memory
     accept_pauses: int = 0  # for want of descriptors or memory
+    connections_displaced: int = 0  # closed before they were anybody's, to make room for a new one
     handshakes_completed: int = 0
     handshakes_failed: int = 0
+    hellos_not_tried: int = 0  # too many had failed from the same address
     fallbacks: int = 0  # connections given to the web server
     tunnels_opened: int = 0
     tunnels_lost: int = 0  # ended without CLOSE

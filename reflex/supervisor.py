@@ -158,6 +158,7 @@ class Supervisor:
         self._replay = ReplaySet(int(time.time()))
         self._counts = SharedCounts(len(self._slots))
         self._users = UserTable(len(self._slots), limited_users)
+        self._tunnel_counts = SharedCounts(len(self._slots))
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._was_ready = False
@@ -255,6 +256,7 @@ class Supervisor:
                 slot.sockets,
                 RemoteReplaySet(replay, self._counts),
                 SharedCount(self._counts, slot.number),
+                SharedCount(self._tunnel_counts, slot.number),
                 self._users,
             )
             code = self._run_worker(context, ParentControl(control))
@@ -286,10 +288,10 @@ class Supervisor:
         """One question about the replay set, of which there may be none; returns whether there was one."""
         question = _receive(slot.replay)
         if question is not None and len(question) == QUERY.size:
-            sequence, ephemeral, time_s, now_s = QUERY.unpack(question)
+            sequence, ephemeral, user_id, time_s, now_s = QUERY.unpack(question)
             reason = ""
             try:
-                self._replay.check_and_insert(ephemeral, time_s, now_s)
+                self._replay.check_and_insert(ephemeral, user_id, time_s, now_s)
             except Replayed as error:
                 reason = str(error)
             self._counts[0] = len(self._replay)
@@ -319,7 +321,7 @@ class Supervisor:
         while self._on_control(slot):
             pass  # what it said last
         self._drop_channels(slot)
-        self._counts[slot.number] = 0
+        self._counts[slot.number] = self._tunnel_counts[slot.number] = 0
         self._users.clear(slot.number)
         how = _how_it_ended(code)
         if self._is_stopping:

@@ -4,8 +4,8 @@ The parent (:mod:`reflex.supervisor`) makes a :class:`WorkerContext` for each wo
 
 - its own listening sockets, one of a group for each address, among which the kernel spreads the connections;
 - the replay set, which is the parent's and is asked through a socket pair (:class:`RemoteReplaySet`);
-- the other workers' numbers of connections, in shared memory (:class:`SharedCount`), and what each of them
-  counts of the users that have limits of their own (:class:`UserTable`).
+- the other workers' numbers of connections, and of tunnels among them, in shared memory (:class:`SharedCount`),
+  and what each of them counts of the users that have limits of their own (:class:`UserTable`).
 
 A worker takes its orders from the parent alone (:class:`ParentControl`): a terminal and a service manager send
 their signals to every process, and what is one order must not look like two. If the parent is gone, the worker
@@ -30,7 +30,7 @@ from reflex.errors import Replayed
 log = logging.getLogger(__name__)
 
 # What the processes say to each other, one message a datagram.
-QUERY: Final = struct.Struct("!I32sqq")  # sequence, ephemeral key, hello's time, now
+QUERY: Final = struct.Struct("!I32s16sqq")  # sequence, ephemeral key, user id, hello's time, now
 SEQUENCE: Final = struct.Struct("!I")  # an answer: this, then why the hello is refused; nothing if it is taken
 READY: Final = b"ready"
 FAILED: Final = b"failed:"  # then why
@@ -164,11 +164,11 @@ class RemoteReplaySet:
     def __len__(self) -> int:
         return self._counts[0]
 
-    def check_and_insert(self, ephemeral: bytes, time_s: int, now_s: int) -> None:
+    def check_and_insert(self, ephemeral: bytes, user_id: bytes, time_s: int, now_s: int) -> None:
         """As :meth:`reflex.protocol.replay.ReplaySet.check_and_insert`; refuses as well what gets no answer."""
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
         try:
-            self._sock.send(QUERY.pack(self._sequence, ephemeral, time_s, now_s))
+            self._sock.send(QUERY.pack(self._sequence, ephemeral, user_id, time_s, now_s))
             while True:
                 answer = self._sock.recv(MESSAGE_MAX_BYTES)
                 if not answer:
@@ -185,14 +185,16 @@ class RemoteReplaySet:
 class WorkerContext:
     """What a daemon needs to be one of several workers.
 
-    ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order. ``users`` are
-    those with limits; None where nobody asked for them.
+    ``number`` counts from 1. ``sockets`` listen, one for each address of the settings, in their order.
+    ``tunnels`` counts those of the connections that are authenticated; a client's half leaves it alone. ``users``
+    are those with limits; None where nobody asked for them.
     """
 
     number: int
     sockets: Sequence[socket.socket]
     replay: RemoteReplaySet
     connections: SharedCount
+    tunnels: SharedCount
     users: UserTable | None = None
 
 

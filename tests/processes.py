@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -36,6 +37,8 @@ from bench.local import (
     to_toml,
 )
 from bench.origin import HELLO, LoopbackServer, Origin, expected_sha256
+from reflex.protocol.handshake import ClientCredentials, ClientHandshake
+from reflex.protocol.wire import CLIENT_HELLO_SIZE, Suite
 
 __all__ = [
     "HELLO",
@@ -52,6 +55,7 @@ __all__ = [
     "eventually",
     "expected_sha256",
     "free_port",
+    "hello_bytes",
     "hello_through",
     "inbound_settings",
     "make_pair",
@@ -150,6 +154,22 @@ def outbound_settings(keys: Keys, server_port: int) -> dict[str, object]:
             }
         ],
     }
+
+
+def hello_bytes(keys: Keys, *, time_s: int | None = None) -> bytes:
+    """A client's hello of now, or of another time in seconds since 1970, as it could be recorded."""
+    credentials = ClientCredentials(
+        base64.b64decode(keys.public_key), uuid.UUID(keys.user_id).bytes, base64.b64decode(keys.user_key)
+    )
+    hello = bytearray(CLIENT_HELLO_SIZE)
+    handshake = ClientHandshake(
+        credentials,
+        suite=Suite.AES_256_GCM,
+        time_s=int(time.time()) if time_s is None else time_s,
+        random_bytes=os.urandom,
+    )
+    handshake.write_hello(memoryview(hello))
+    return bytes(hello)
 
 
 def _start(

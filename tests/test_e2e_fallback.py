@@ -6,13 +6,10 @@ import contextlib
 import hashlib
 import http.client
 import random
-import re
 import socket
-import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,45 +23,20 @@ from tests.processes import (
     LoopbackServer,
     Origin,
     Pair,
-    Process,
-    free_port,
     make_pair,
     receive_exactly,
     run_curl,
     socks_connect,
     start_inbound,
 )
+from tests.webserver import BOUND_S, Answer, converse, running_nginx, tls_hello, without_dates
 
 MIB = 1 << 20
-BOUND_S = 20
 # How long the web server and the daemon wait for somebody who says nothing.
 WEB_PATIENCE_S = 1
 DAEMON_PATIENCE_S = 1
 PAGE = b"<!doctype html><title>a page</title>\n"
 FILE = random.Random(10).randbytes(10 * MIB)
-
-NGINX_CONFIG = """\
-daemon off;
-master_process off;
-worker_processes 1;
-pid {directory}/nginx.pid;
-error_log stderr notice;
-events {{ worker_connections 256; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    client_header_timeout {patience_s}s;
-    keepalive_timeout {patience_s}s;
-    server {{
-        listen 127.0.0.1:{port};
-        root {directory}/site;
-    }}
-}}
-"""
 
 BROWSER_HEADERS = (
     "Host: vpn.example.org\r\n"
@@ -77,18 +49,12 @@ BROWSER_HEADERS = (
 
 @pytest.fixture(scope="module")
 def nginx_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    program = require_program("nginx")
     directory = tmp_path_factory.mktemp("nginx")
     site = directory / "site"
     site.mkdir()
     (site / "index.html").write_bytes(PAGE)
     (site / "file").write_bytes(FILE)
-    port = free_port()
-    config = directory / "nginx.conf"
-    config.write_text(NGINX_CONFIG.format(directory=directory, port=port, patience_s=WEB_PATIENCE_S))
-    with Process("nginx", [program, "-p", str(directory), "-c", str(config)]) as process:
-        # It listens before it says so.
-        process.wait_for_line("start worker|using the .* event method")
+    with running_nginx(directory, patience_s=WEB_PATIENCE_S) as (_, port):
         yield port
 
 
@@ -142,44 +108,6 @@ def test_a_real_client_works_on_the_same_port_between_browsers(pair: Pair) -> No
 
 
 # Everything else: compared with the web server itself.
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back, and how the connection ended: "FIN" or "RST"."""
-
-    received: bytes
-    ending: str
-
-
-def converse(port: int, pieces: Sequence[bytes], *, then_fin: bool = False) -> Answer:
-    """Send the pieces, perhaps a FIN, and take what comes until the other side ends the connection."""
-    received = bytearray()
-    with socket.create_connection(("127.0.0.1", port), BOUND_S) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            for piece in pieces:
-                sock.sendall(piece)
-            if then_fin:
-                sock.shutdown(socket.SHUT_WR)
-            while data := sock.recv(65_536):
-                received += data
-        except (ConnectionResetError, BrokenPipeError):
-            return Answer(bytes(received), "RST")
-    return Answer(bytes(received), "FIN")
-
-
-def without_dates(answer: Answer) -> Answer:
-    return Answer(re.sub(rb"(?m)^Date: .*\r$", b"Date: (a date)\r", answer.received), answer.ending)
-
-
-def tls_hello() -> bytes:
-    """What a TLS client sends first."""
-    outgoing = ssl.MemoryBIO()
-    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="vpn.example.org")
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client.do_handshake()
-    return outgoing.read()
 
 
 def random_bytes(size: int) -> bytes:

@@ -281,3 +281,81 @@ async def test_where_fin_cannot_be_passed_on_both_are_reset() -> None:
         join.client.finish()
         await join.client.expect_reset()
         await join.ended()
+
+
+@in_loop
+async def test_who_stays_after_the_web_server_has_left_is_forgotten_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fallback_module, "HALF_CLOSED_S", 0.05)
+    with Origin() as web, joined(web.address, b"x") as join:
+        server = await web.accept()
+        await asyncio.sleep(0.1)  # silence before the web server's end counts for nothing
+        assert not join.fallback.ended
+        server.finish()
+        await join.client.expect_fin()
+        await join.ended()
+        assert await server.receive_all() == b"x"
+
+
+@in_loop
+async def test_who_still_sends_after_the_web_servers_fin_is_heard_for_as_long_as_it_takes() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        server.finish()
+        await join.client.expect_fin()
+        first = join.fallback._timer
+        assert first is not None
+        for _ in range(3):
+            await join.client.send(b"more")
+            assert await server.receive(4) == b"more"
+        second = join.fallback._timer
+        assert first.cancelled()
+        assert second is not None
+        assert not second.cancelled()
+        join.client.finish()
+        await server.expect_fin()
+        await join.ended()
+        assert second.cancelled()
+
+
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The web server is on another machine: nobody is connected at once."""
+    monkeypatch.setattr(fallback_module, "is_connected", lambda *_: False)
+
+
+@in_loop
+async def test_a_web_server_elsewhere_gets_the_first_bytes_when_it_is_connected(far_away: None) -> None:
+    with Origin() as web, joined(web.address, b"first", read_ended=True) as join:
+        server = await web.accept()
+        assert await server.receive_all() == b"first"
+        await server.send(b"answer")
+        server.finish()
+        assert await join.client.receive_all() == b"answer"
+        await join.ended()
+
+
+@in_loop
+async def test_a_web_server_elsewhere_that_refuses_resets_the_client(far_away: None) -> None:
+    with refusing_port() as port, joined(Address.of(HOST, port), b"x") as join:
+        await join.client.expect_reset()
+        await join.ended()
+
+
+@in_loop
+async def test_it_may_be_ended_before_a_web_server_elsewhere_is_connected(far_away: None) -> None:
+    with Origin() as web, joined(web.address, b"x") as join:
+        join.fallback.end(reset=True)
+        await join.client.expect_reset()
+
+
+@in_loop
+async def test_a_web_server_that_refuses_at_once_resets_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_connected(_sock: socket.socket, address: Address) -> bool:
+        raise DialError(Status.REFUSED, f"{address}: Connection refused")
+
+    monkeypatch.setattr(fallback_module, "is_connected", is_connected)
+    with Origin() as web, joined(web.address, b"x") as join:
+        assert join.fallback.ended
+        await join.client.expect_reset()

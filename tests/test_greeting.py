@@ -11,18 +11,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 
 from reflex.metrics import Counters
+from reflex.net import failures as failures_module
 from reflex.net import greeting as greeting_module
+from reflex.net.failures import FAILURES_PER_S, Failures
 from reflex.net.greeting import Door, Greeting
 from reflex.protocol.address import Address
-from reflex.protocol.handshake import AcceptedHello
+from reflex.protocol.handshake import AcceptedHello, accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from tests.pair import LOOPS, End, Keys, LoopFactory, Origin, in_loop, loops_from, tcp_pair, turns, until
 
+TICK_S = 0.001  # of uvloop's clock, and of what is rounded when its times are added up
+SOURCE = b"\x7f\x00\x00\x01"
 TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
 HTTP_REQUEST = b"GET / HTTP/1.1\r\nHost: example.org\r\nUser-Agent: x\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 
@@ -55,6 +60,7 @@ class Gate:
             replay=ReplaySet(int(time.time()) - 60),
             pools=self.pools,
             counters=self.counters,
+            failures=Failures(),
             handshake_timeout_s=self.handshake_timeout_s,
             fallback=self.fallback,
             on_hello=self._on_hello,
@@ -69,7 +75,7 @@ class Gate:
         """Somebody connects: their end, and what the server makes of it."""
         near, far = tcp_pair()
         self.guests.append(End(near))
-        self.greetings.append(Greeting(self.door, far, "guest"))
+        self.greetings.append(Greeting(self.door, far, "guest", SOURCE))
         return self.guests[-1], self.greetings[-1]
 
     def hello(self) -> bytes:
@@ -355,10 +361,8 @@ def test_the_time_of_the_close_does_not_depend_on_what_was_sent(pools: Pools, mo
             await until(lambda: all(greeting._discarding for greeting in g.greetings))
             longest_s = greeting_module.SILENCE_MAX_MS / 1000
             for greeting in g.greetings:
-                # Sums of floats: 13387.727 + 0.2 + 30 is a hair above 13417.927.
-                assert (
-                    begun_s + 0.2 + longest_s - 1e-6 <= greeting._timer.when() <= loop.time() + 0.2 + longest_s + 1e-6
-                )
+                at_s = greeting._timer.when()
+                assert begun_s - TICK_S <= at_s - 0.2 - longest_s <= loop.time() + TICK_S
 
     stays()
     assert asked == [greeting_module.SILENCE_MAX_MS + 1] * 4
@@ -390,3 +394,89 @@ async def test_a_readiness_that_was_none_changes_nothing(pools: Pools) -> None:
         await until(lambda: greeting._discarding)
         greeting._discard()
         assert not greeting.ended
+
+
+# Too much junk from one address
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a web server"])
+def test_beyond_a_rate_junk_from_one_address_costs_no_cryptography(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    has_fallback = behind == "a web server"
+    # A failure is made up for in an hour, so that the time of this test does not count.
+    monkeypatch.setattr(failures_module, "_INTERVAL_S", 3_600)
+    monkeypatch.setattr(failures_module, "_OVER_S", (FAILURES_PER_S - 0.5) * 3_600)
+    tried: list[int] = []
+    judge = accept_hello
+
+    def counting(hello: memoryview, *args: Any, **kwargs: Any) -> AcceptedHello:
+        tried.append(len(hello))
+        return judge(hello, *args, **kwargs)
+
+    monkeypatch.setattr(greeting_module, "accept_hello", counting)
+
+    @in_loop
+    async def costs_none() -> None:
+        with Origin() as web, gate(pools, fallback=web.address if has_fallback else None) as g:
+            for _ in range(FAILURES_PER_S + 5):
+                end, greeting = g.arrive()
+                sent = b"\x00" + secrets.token_bytes(75)
+                await end.send(sent)
+                await until(lambda greeting=greeting: not greeting.is_undecided)  # type: ignore[misc]
+                if has_fallback:
+                    assert await (await web.accept()).receive(76) == sent
+            assert len(tried) == FAILURES_PER_S
+            assert (g.counters.handshakes_failed, g.counters.hellos_not_tried) == (FAILURES_PER_S, 5)
+
+    costs_none()
+
+
+@in_loop
+async def test_a_hello_from_an_address_with_few_failures_is_tried_and_successes_cost_nothing(pools: Pools) -> None:
+    with gate(pools) as g:
+        for _ in range(3 * FAILURES_PER_S):
+            end, _ = g.arrive()
+            await end.send(g.hello())
+        await until(lambda: len(g.accepted) == 3 * FAILURES_PER_S)
+        assert len(g.door.failures) == 0
+
+
+@pytest.mark.parametrize("first", [b"x", HTTP_REQUEST, TLS_HELLO, b"\x00" * 75], ids=["1", "http", "tls", "75"])
+def test_what_cannot_be_a_hello_costs_the_same_before_the_web_server_gets_it(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    judged: list[bytes] = []
+    judge = accept_hello
+
+    def noting(hello: bytes, *args: Any, **kwargs: Any) -> AcceptedHello:
+        judged.append(bytes(hello))
+        return judge(hello, *args, **kwargs)
+
+    monkeypatch.setattr(greeting_module, "accept_hello", noting)
+
+    @in_loop
+    async def costs_the_same() -> None:
+        with Origin() as web, gate(pools, fallback=web.address) as g:
+            end, _ = g.arrive()
+            await end.send(first)
+            assert await (await web.accept()).receive(len(first)) == first
+            assert [len(each) for each in judged] == [76]
+            assert judged[0][: len(first)] != first[:76]
+            assert g.counters.handshakes_failed == 0
+            assert len(g.door.failures) == 1
+
+    costs_the_same()
+
+
+@in_loop
+async def test_a_refusal_is_logged_when_the_web_server_has_the_connection_already(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Origin() as web, gate(pools, fallback=web.address) as g:
+        logged: list[bool] = []
+        monkeypatch.setattr(greeting_module.log, "log", lambda *_: logged.append(g.greetings[0].is_fallback))
+        end, _ = g.arrive()
+        await end.send(g.keys.hello(0))
+        await until(lambda: logged)
+        assert logged == [True]

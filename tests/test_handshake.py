@@ -518,7 +518,7 @@ def test_a_hello_from_before_the_servers_start_is_refused() -> None:
 class Untouchable(ReplaySet):
     """A replay set that must not be asked."""
 
-    def check_and_insert(self, ephemeral: bytes, time_s: int, now_s: int) -> None:
+    def check_and_insert(self, ephemeral: bytes, user_id: bytes, time_s: int, now_s: int) -> None:
         pytest.fail("the replay set was asked about a hello that fails an earlier check")
 
 

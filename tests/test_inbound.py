@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import socket
@@ -223,6 +224,30 @@ async def test_a_bad_hello_gets_silence_and_no_target_is_dialled() -> None:
 
 
 @in_loop
+async def test_a_user_who_makes_hellos_without_end_is_refused_and_others_go_on() -> None:
+    greedy, other = Keys.generate(), Keys.generate()
+    # One server, two users.
+    other = Keys(greedy.private_key, greedy.public_key, other.user_id, other.user_key)
+    settings = inbound_settings(greedy)
+    settings = dataclasses.replace(settings, users=(*settings.users, *inbound_settings(other).users))
+    async with contextlib.AsyncExitStack() as stack:
+        inbound, port = await stack.enter_async_context(running_inbound(settings))
+        assert inbound._door is not None
+        small = ReplaySet(0, capacity=64 * 3)
+        inbound._door = dataclasses.replace(inbound._door, replay=small)
+        remotes = [await raw_client(port, greedy) for _ in range(3)]
+        for _ in range(10):
+            stranger = await connect(port)
+            await stranger.send(greedy.hello(int(time.time())))
+        await until(lambda: inbound._counters.handshakes_failed == 10)
+        assert len(small) == 3
+        remotes += [await raw_client(port, other) for _ in range(3)]
+        assert len(small) == 6
+        for remote in remotes:
+            await leave(remote)
+
+
+@in_loop
 async def test_records_behind_the_hello_are_served() -> None:
     keys = Keys.generate()
     async with running_inbound(inbound_settings(keys)) as (inbound, port):
@@ -240,18 +265,57 @@ async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
     keys = Keys.generate()
     settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
     async with running_inbound(settings) as (inbound, port):
-        remote = await raw_client(port, keys)
-        second = await connect(port)
-        await until(lambda: len(inbound._greetings) == 1)
+        remotes = [await raw_client(port, keys) for _ in range(2)]
         third = await connect(port)
         await third.expect_fin()
         assert inbound._counters.connections_refused == 1
-        second.close()
-        await until(lambda: not inbound._greetings)
-        fourth = await raw_client(port, keys)
-        await leave(remote)
-        await leave(fourth)
-        third.close()
+        await leave(remotes.pop())
+        await until(lambda: len(inbound._tunnels) == 1)
+        remotes.append(await raw_client(port, keys))
+        assert inbound._counters.connections_displaced == 0
+        for remote in remotes:
+            await leave(remote)
+
+
+@in_loop
+async def test_at_max_connections_the_oldest_stranger_gives_way_whatever_it_has_said() -> None:
+    keys = Keys.generate()
+    with Origin() as web:
+        settings = inbound_settings(keys, fallback=web.port, limits=InboundLimits(max_connections=3))
+        async with running_inbound(settings) as (inbound, port):
+            user = await raw_client(port, keys)
+            browser = await connect(port)
+            await browser.send(b"GET /")
+            server = await web.accept()
+            silent = await connect(port)
+            await until(lambda: len(inbound._greetings) == 2)
+            others = [await raw_client(port, keys)]
+            await browser.expect_fin()
+            assert await server.receive(5) == b"GET /"
+            await server.expect_fin()
+            assert silent.is_silent
+            others.append(await raw_client(port, keys))
+            await silent.expect_fin()
+            assert (inbound._counters.connections_displaced, inbound._counters.connections_refused) == (2, 0)
+            assert len(inbound._tunnels) == 3
+            for remote in (user, *others):
+                await leave(remote)
+
+
+@in_loop
+async def test_a_flood_of_the_silent_does_not_lock_users_out() -> None:
+    keys = Keys.generate()
+    settings = inbound_settings(keys, limits=InboundLimits(max_connections=20))
+    async with running_inbound(settings) as (inbound, port):
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(await connect(port))
+            await until(lambda: inbound._counters.connections_accepted == 100)
+            assert len(inbound._greetings) == 20
+            remotes = [await raw_client(port, keys) for _ in range(20)]
+            assert (len(inbound._greetings), len(inbound._tunnels)) == (0, 20)
+        for remote in remotes:
+            await leave(remote)
 
 
 @in_loop
@@ -513,16 +577,19 @@ async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog
     counts[2] = 1  # another worker has one
     sock = open_listening(HOST, 0)
     replay: Any = ReplaySet(0)
-    shared = WorkerContext(number=1, sockets=[sock], replay=replay, connections=SharedCount(counts, 1))
+    tunnels = SharedCounts(2)
+    tunnels[2] = 1  # a tunnel
+    shared = WorkerContext(1, [sock], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
     inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
     (address,) = await inbound.start()
     remote = await raw_client(port_of(address), keys)
-    assert counts[1] == 1
+    assert (counts[1], tunnels[1]) == (1, 1)
     assert len(replay) == 1
     with await connect(port_of(address)) as end:
         await end.expect_fin()
     await remote.write(FrameType.CLOSE, 0, bytes(4))
     await until(lambda: counts[1] == 0)
+    assert tunnels[1] == 0
     inbound.report()
     assert statistics(caplog, "reflex.inbound")["gauges"]["worker"] == 1
     inbound.abort()
@@ -566,3 +633,28 @@ def test_the_memory_for_waiting_bytes_is_what_the_settings_say() -> None:
             assert inbound._budget.growth_limit == 2_500_000
 
     test()
+
+
+@in_loop
+async def test_strangers_at_another_worker_keep_nobody_out_of_this_one() -> None:
+    keys = Keys.generate()
+    counts, tunnels = SharedCounts(2), SharedCounts(2)
+    counts[2] = 2  # the other worker is full, of greetings
+    replay: Any = ReplaySet(0)
+    shared = WorkerContext(1, [open_listening(HOST, 0)], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
+    inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
+    (address,) = await inbound.start()
+    with await connect(port_of(address)) as stranger:
+        await until(lambda: len(inbound._greetings) == 1)
+        remote = await raw_client(port_of(address), keys)  # in the stranger's place
+        await stranger.expect_fin()
+    second = await raw_client(port_of(address), keys)
+    assert inbound._counters.connections_refused == 0
+    with await connect(port_of(address)) as third:  # so many are tunnels now
+        await third.expect_fin()
+    assert inbound._counters.connections_refused == 1
+    counts[2] = 0
+    tunnels[1] = 0
+    inbound.abort()
+    await leave(remote)
+    await leave(second)

@@ -374,7 +374,9 @@ async def test_what_other_workers_have_counts() -> None:
     table = UserTable(2, 1)
     other = table.row(2, 0)
     replay: Any = ReplaySet(0)
-    shared = WorkerContext(1, [open_listening(HOST, 0)], replay, SharedCount(SharedCounts(2), 1), table)
+    shared = WorkerContext(
+        1, [open_listening(HOST, 0)], replay, SharedCount(SharedCounts(2), 1), SharedCount(SharedCounts(2), 1), table
+    )
     inbound = Inbound(limited(keys, max_tunnels=2, max_streams=2), shared=shared)
     (address,) = await inbound.start()
     port = port_of(address)

@@ -76,6 +76,27 @@ async def test_more_than_one_turn_accepts_are_all_accepted() -> None:
 
 
 @in_loop
+async def test_after_so_many_accepts_it_is_the_others_turn() -> None:
+    loop = asyncio.get_running_loop()
+    with Guests() as guests, Guests() as of_socket_guests:
+        listeners = [
+            Listener(loop, HOST, 0, guests, accepts_per_turn=2),
+            Listener.of_socket(loop, open_listening(HOST, 0), of_socket_guests, accepts_per_turn=3),
+        ]
+        socks = [
+            socket.create_connection((HOST, port_of(listener.address))) for listener in listeners for _ in range(5)
+        ]
+        for listener in listeners:
+            listener._accept()
+        assert (len(guests.ends), len(of_socket_guests.ends)) == (2, 3)
+        await until(lambda: len(guests.ends) == len(of_socket_guests.ends) == 5)
+        for sock in socks:
+            sock.close()
+        for listener in listeners:
+            listener.close()
+
+
+@in_loop
 async def test_ipv6_is_listened_on_alone_and_shown_in_brackets() -> None:
     with Guests() as guests:
         listener = make_listener(guests, "::1")

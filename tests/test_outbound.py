@@ -599,7 +599,7 @@ async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog
     counts[2] = 1  # another worker has one
     replay: Any = None
     shared = WorkerContext(
-        number=1, sockets=[open_listening(HOST, 0)], replay=replay, connections=SharedCount(counts, 1)
+        1, [open_listening(HOST, 0)], replay, SharedCount(counts, 1), SharedCount(SharedCounts(2), 1)
     )
     settings = outbound_settings([server_settings(Keys.generate(), 1)], limits=OutboundLimits(max_connections=2))
     outbound = Outbound(settings, shared=shared)

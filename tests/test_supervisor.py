@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -15,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,13 +24,13 @@ import pytest
 from bench.local import Process
 from reflex import supervisor
 from reflex.net.listener import open_listening, open_shared
-from reflex.protocol.handshake import ClientCredentials, ClientHandshake
-from reflex.protocol.wire import CLIENT_HELLO_SIZE, SERVER_HELLO_SIZE, Suite
+from reflex.protocol.wire import SERVER_HELLO_SIZE
 from reflex.supervisor import MAX_DELAY_S, replacement_delay_s
 from tests.processes import (
     EchoServer,
     Keys,
     Origin,
+    hello_bytes,
     make_pair,
     receive_exactly,
     socks_connect,
@@ -110,17 +108,6 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def hello_bytes(keys: Keys) -> bytes:
-    """A client's hello, as it could be recorded."""
-    credentials = ClientCredentials(
-        base64.b64decode(keys.public_key), uuid.UUID(keys.user_id).bytes, base64.b64decode(keys.user_key)
-    )
-    hello = bytearray(CLIENT_HELLO_SIZE)
-    handshake = ClientHandshake(credentials, suite=Suite.AES_256_GCM, time_s=int(time.time()), random_bytes=os.urandom)
-    handshake.write_hello(memoryview(hello))
-    return bytes(hello)
-
-
 def echo(port: int, target_port: int, size: int = 1000) -> None:
     data = os.urandom(size)
     with socks_connect(port, "127.0.0.1", target_port) as sock:
@@ -135,7 +122,7 @@ def echo_port() -> Iterator[int]:
 
 
 def test_a_hello_replayed_to_another_worker_is_refused(tmp_path: Path, keys: Keys) -> None:
-    attempts = 40
+    attempts = 20  # as many failures as one address may have at once
     with start_inbound(tmp_path, keys, {"workers": 2}) as inbound:
         ((_, port),) = inbound.wait_ready()
         hello = hello_bytes(keys)
@@ -234,10 +221,11 @@ def test_max_connections_is_of_all_workers(tmp_path: Path, keys: Keys) -> None:
             until(partial(has_seen, inbound, count))  # so that no two workers decide at the same moment
         figures = statistics(inbound, workers=2)
         accepted = [each["counters"]["connections_accepted"] for each in figures.values()]
-        refused = [each["counters"]["connections_refused"] for each in figures.values()]
-        assert sum(accepted) == 10
+        assert sum(accepted) == 20
         assert all(accepted)
-        assert sum(refused) == 10
+        assert not any(each["counters"]["connections_refused"] for each in figures.values())
+        # Strangers give way to each other. A worker that had none may have taken one beyond the limit.
+        assert sum(each["gauges"]["greetings"] for each in figures.values()) in (10, 11)
         for sock in sockets:
             sock.close()
 

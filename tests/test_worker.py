@@ -30,6 +30,8 @@ from reflex.worker import (
     UserTable,
 )
 
+USER = bytes(range(100, 116))
+
 
 def test_counts_of_others() -> None:
     counts = SharedCounts(3)
@@ -104,13 +106,13 @@ def test_remote_replay_set_asks_and_believes() -> None:
     parent = Parent(answer)
     counts = SharedCounts(1)
     replay = RemoteReplaySet(parent.workers, counts)
-    replay.check_and_insert(bytes(32), 10, 20)
+    replay.check_and_insert(bytes(32), USER, 10, 20)
     with pytest.raises(Replayed, match=r"^seen$"):
-        replay.check_and_insert(bytes(range(32)), 11, 21)
+        replay.check_and_insert(bytes(range(32)), USER, 11, 21)
     counts[0] = 9
     assert len(replay) == 9
     parent.close()
-    assert [question[1:] for question in questions] == [(bytes(32), 10, 20), (bytes(range(32)), 11, 21)]
+    assert [question[1:] for question in questions] == [(bytes(32), USER, 10, 20), (bytes(range(32)), USER, 11, 21)]
 
 
 def test_remote_replay_set_refuses_without_an_answer() -> None:
@@ -118,10 +120,10 @@ def test_remote_replay_set_refuses_without_an_answer() -> None:
     replay = RemoteReplaySet(workers, SharedCounts(1), timeout_s=0.01)
     with parents, workers:
         with pytest.raises(Replayed, match="did not answer"):
-            replay.check_and_insert(bytes(32), 1, 1)
+            replay.check_and_insert(bytes(32), USER, 1, 1)
         parents.close()
         with pytest.raises(Replayed):
-            replay.check_and_insert(bytes(32), 1, 1)
+            replay.check_and_insert(bytes(32), USER, 1, 1)
 
 
 def test_remote_replay_set_refuses_when_the_parent_ends_before_it_answers() -> None:
@@ -135,7 +137,7 @@ def test_remote_replay_set_refuses_when_the_parent_ends_before_it_answers() -> N
     thread = threading.Thread(target=end)
     thread.start()
     with workers, pytest.raises(Replayed, match="its process has ended"):
-        replay.check_and_insert(bytes(32), 1, 1)
+        replay.check_and_insert(bytes(32), USER, 1, 1)
     thread.join()
 
 

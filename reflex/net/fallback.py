@@ -1,4 +1,11 @@
-"""What is not Reflex, handed to the web server (docs/protocol.md, section 6): every byte, FIN and RST, both ways."""
+"""What is not Reflex, handed to the web server (docs/protocol.md, section 6): every byte, FIN and RST, both ways.
+
+How long a connection may be silent is the web server's to say: any limit here that its own do not hide would
+tell the two apart. There is one thing that it cannot say, which is that it has left for good: closed or half
+closed, its end is one FIN. Whoever then neither sends nor leaves would be kept for ever, while the web server's
+own machine forgets it silently after a minute (Linux: tcp_fin_timeout). So it is forgotten here as well, a
+while later and as silently: the FIN was sent long ago, and what comes late is answered by RST, as there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from typing import Final
 
 from reflex.errors import DialError
 from reflex.net.backlog import Backlog
-from reflex.net.dial import begin_connect, finish_connect
+from reflex.net.dial import begin_connect, finish_connect, is_connected
 from reflex.net.relay import set_reset_on_close
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -18,6 +25,7 @@ from reflex.protocol.address import Address
 log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 32_768
+HALF_CLOSED_S: Final = 120.0  # of silence after the web server's FIN; twice what Linux gives those it does not serve
 
 
 class _Side:
@@ -46,7 +54,7 @@ class Fallback:
         on_end: called once, when both sockets are closed.
     """
 
-    __slots__ = ("_buffers", "_client", "_loop", "_on_end", "_server", "ended")
+    __slots__ = ("_buffers", "_client", "_loop", "_on_end", "_server", "_timer", "ended")
 
     def __init__(
         self,
@@ -65,6 +73,7 @@ class Fallback:
         self._client = _Side(client, buffers)
         self._client.read_ended = read_ended
         self._server: _Side | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs once the client has the web server's FIN
         self.ended = False
         try:
             server = begin_connect(address)
@@ -75,18 +84,33 @@ class Fallback:
         self._server = _Side(server, buffers)
         if first:
             self._server.backlog.keep(first)
-        loop.add_writer(self._server.fd, self._connected)
+        try:
+            # On the same machine it is: what the caller does next is then nothing that the client waits for.
+            connected = is_connected(server, address)
+        except DialError as error:
+            self._cannot_connect(error)
+            return
+        if connected:
+            self._begin(self._server)
+        else:
+            loop.add_writer(self._server.fd, self._on_connect)
 
-    def _connected(self) -> None:
+    def _on_connect(self) -> None:
         server = self._server
         assert server is not None  # noqa: S101  # it is the one that became writable
         self._loop.remove_writer(server.fd)
         try:
             finish_connect(server.sock)
         except DialError as error:
-            log.warning("fallback: %s", error)
-            self.end(reset=True)  # refused, or connected and reset already: either is an RST
+            self._cannot_connect(error)
             return
+        self._begin(server)
+
+    def _cannot_connect(self, error: DialError) -> None:
+        log.warning("fallback: %s", error)
+        self.end(reset=True)  # refused, or connected and reset already: either is an RST
+
+    def _begin(self, server: _Side) -> None:
         self._write(server)
         if self._client.read_ended:
             self._end_writing(server)
@@ -125,6 +149,8 @@ class Fallback:
         finally:
             self._buffers.release(buffer, size)
         if size:
+            if self._timer is not None:
+                self._await_client()
             self._write(other)
         else:
             side.read_ended = True
@@ -170,12 +196,25 @@ class Fallback:
             return
         if side.read_ended and self._other(side).write_ended and not self._other(side).backlog.size_bytes:
             self.end(reset=False)
+        elif side is self._client:
+            self._await_client()
+
+    def _await_client(self) -> None:
+        """The web server has nothing more to say: from now on the client may be silent for so long."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(HALF_CLOSED_S, self._forget)
+
+    def _forget(self) -> None:
+        self.end(reset=False)
 
     def end(self, *, reset: bool) -> None:
         """Close both sockets, with RST where ``reset``. Once; then nothing."""
         if self.ended:
             return
         self.ended = True
+        if self._timer is not None:
+            self._timer.cancel()
         for side in (self._client, self._server):
             if side is None:
                 continue

@@ -44,6 +44,8 @@ class Listener:
         port: 0 for any free one.
         on_accept: called with each accepted socket, non-blocking, which is the callee's.
         on_pause: called whenever accepting pauses, for who counts that.
+        accepts_per_turn: the most that are accepted before what else is ready gets its turn;
+            None: ACCEPTS_PER_TURN.
 
     Raises:
         StartError: the address cannot be listened on; the text names it and says why.
@@ -56,8 +58,10 @@ class Listener:
         port: int,
         on_accept: Callable[[socket.socket], None],
         on_pause: Callable[[], None] | None = None,
+        *,
+        accepts_per_turn: int | None = None,
     ) -> None:
-        self._begin(loop, open_listening(host, port), on_accept, on_pause)
+        self._begin(loop, open_listening(host, port), on_accept, on_pause, accepts_per_turn)
 
     @classmethod
     def of_socket(
@@ -66,10 +70,12 @@ class Listener:
         sock: socket.socket,
         on_accept: Callable[[socket.socket], None],
         on_pause: Callable[[], None] | None = None,
+        *,
+        accepts_per_turn: int | None = None,
     ) -> Listener:
         """A listener on a socket that listens already; the socket is the listener's from now on."""
         listener = cls.__new__(cls)
-        listener._begin(loop, sock, on_accept, on_pause)
+        listener._begin(loop, sock, on_accept, on_pause, accepts_per_turn)
         return listener
 
     def _begin(
@@ -78,9 +84,11 @@ class Listener:
         sock: socket.socket,
         on_accept: Callable[[socket.socket], None],
         on_pause: Callable[[], None] | None,
+        accepts_per_turn: int | None,
     ) -> None:
         self._loop = loop
         self._on_accept = on_accept
+        self._accepts_per_turn = accepts_per_turn or ACCEPTS_PER_TURN
         self._on_pause = on_pause
         self._next_note_s = 0.0
         self._pause_timer: asyncio.TimerHandle | None = None
@@ -94,7 +102,7 @@ class Listener:
         return listening_address(self._sock)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(self._accepts_per_turn):
             try:
                 sock = self._accept_one()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -281,7 +281,7 @@ def accept_hello(
         AuthenticationFailed: unknown user, wrong key or altered bytes; never told apart.
         UnsupportedHello: authentic, but of another version or an unknown suite.
         ClockSkew: authentic, but more than 120 s off.
-        Replayed: the replay set refuses it.
+        Replayed: the replay set refuses it: seen before, or not to be remembered.
     """
     client_public, masked_id, sealed = CLIENT_HELLO.unpack(hello)
     opened = _open_hello(client_public, masked_id, sealed, credentials, stand_in=random_bytes(KEY_SIZE))
@@ -295,7 +295,7 @@ def accept_hello(
     skew_s = time_s - now_s
     if abs(skew_s) > HELLO_TIME_LIMIT_S:
         raise ClockSkew(skew_s, HELLO_TIME_LIMIT_S)
-    replay.check_and_insert(client_public, time_s, now_s)
+    replay.check_and_insert(client_public, user_id, time_s, now_s)
     return AcceptedHello(user_id, Suite(suite), time_s, client_public, transcript)
 
 
