@@ -13,12 +13,12 @@ import pytest
 
 from reflex.metrics import Counters
 from reflex.net import tunnel as tunnel_module
-from reflex.net.tunnel import SHARED_READ_BYTES, SHARED_TURNS, Tunnel
+from reflex.net.tunnel import SHARED_READ_BYTES, SHARED_TURNS, TICK_MAX_S, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import CODE, GOAWAY, STREAM_WINDOW, Code, FrameType, Network, Status
+from reflex.protocol.wire import CODE, GOAWAY, KEEPALIVE_GRACE_S, STREAM_WINDOW, Code, FrameType, Network, Status
 from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
 from tests.sessions import CLIENT_TIME_MS, SECRETS, TARGET, TO_TARGET
 
@@ -411,6 +411,19 @@ async def test_a_peer_that_gives_no_sign_of_life_is_cut_off(pools: Pools, caplog
         assert rig.counters.tunnels_lost == 1
         await rig.remote.end.receive_all()
     assert "no sign of life from the peer; 1 streams are reset" in caplog.text
+
+
+@in_loop
+async def test_a_dead_peer_is_found_when_its_time_is_over_and_not_a_tick_later(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        assert rig.tunnel._tick_s == TICK_MAX_S
+        rig.session._liveness.received_s = rig.loop.time() - KEEPALIVE_GRACE_S
+        rig.session._liveness._peer_interval_s = 0.05
+        begun_s = rig.loop.time()
+        rig.tunnel._tick_timer.cancel()
+        rig.tunnel._on_tick()
+        await until(lambda: rig.tunnel.ended)
+        assert rig.loop.time() - begun_s < TICK_MAX_S / 2
 
 
 @pytest.mark.usefixtures("quick_ticks")

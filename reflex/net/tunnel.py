@@ -22,7 +22,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from reflex.errors import ProtocolError
 from reflex.metrics import Counters
@@ -34,6 +34,9 @@ from reflex.protocol.wire import (
     FATAL_DISCARD_MIN_S,
     Code,
 )
+
+if TYPE_CHECKING:
+    from reflex.net.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +111,12 @@ class Tunnel:
         "ended",
         "idle_since_s",
         "is_blocked",
+        "is_suspect",
         "last_talker",
         "session",
         "settled",
         "tick",
+        "vigil",
     )
 
     def __init__(
@@ -140,6 +145,8 @@ class Tunnel:
         self._on_stream_end = on_stream_end
         self._flush_is_due = False
         self.is_blocked = False
+        self.is_suspect = False  # it does not answer: the vigil's to say
+        self.vigil: Vigil | None = None  # for a client's tunnel, set by who made it
         self._waiting: list[Resumable] = []
         self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
         self.last_talker: object = None
@@ -350,7 +357,9 @@ class Tunnel:
             owner.on_idle()
         if session.unsent_bytes:
             self.flush_soon()
-        self._tick_timer = self._loop.call_later(self._tick_s, self._on_tick)
+        # A dead peer is found when its time is over, not a tick later.
+        next_s = min(self._tick_s, max(session.silence_left_s, TICK_MIN_S))
+        self._tick_timer = self._loop.call_later(next_s, self._on_tick)
 
     # The end.
 

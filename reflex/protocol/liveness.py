@@ -47,7 +47,16 @@ class Liveness:
 
     def is_dead(self, now_s: float) -> bool:
         """Whether the peer was silent for its interval and the grace time."""
-        return now_s - self.received_s > self._peer_interval_s + KEEPALIVE_GRACE_S
+        return self.silence_left_s(now_s) < 0
+
+    def silence_left_s(self, now_s: float) -> float:
+        """How much longer the peer may be silent; negative where it is dead."""
+        return self.received_s + self._peer_interval_s + KEEPALIVE_GRACE_S - now_s
+
+    @property
+    def awaits_pong(self) -> bool:
+        """Whether the last PING is still unanswered."""
+        return self._ping_is_out
 
     def ping_is_due(self, now_s: float) -> bool:
         """Whether this side was silent for its interval."""
