@@ -19,7 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo bench bench-quick test lint cover clean help
+.PHONY: demo bench bench-quick test soak lint cover clean help
 
 demo: $(VENV)/.runtime-installed ## run both daemons on loopback, move and verify data, print a short table
 	@$(BIN)/python -m bench.demo
@@ -35,6 +35,9 @@ test: lint ## every check: lint, layers, types, tests, coverage
 	@rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
 	@$(BIN)/python tests/check_coverage.py .coverage.json
+
+soak: $(VENV)/.dev-installed ## the long tests: chaos, floods, probes
+	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed ## ruff, mypy --strict and the layer check
 	$(BIN)/ruff check $(SOURCES)
