@@ -55,11 +55,15 @@ def test_how_long_a_peer_may_still_be_silent_counts_from_what_was_heard_last() -
 def test_a_ping_is_awaited_until_its_own_pong_comes() -> None:
     liveness = Liveness(5.0, START_S)
     assert not liveness.awaits_pong
+    assert not liveness.is_measured
     first, second = bytes(liveness.next_ping(START_S)), liveness.next_ping(START_S)
     liveness.pong(memoryview(first), START_S)
     assert liveness.awaits_pong
+    assert not liveness.is_measured
     liveness.pong(memoryview(second), START_S)
     assert not liveness.awaits_pong
+    assert liveness.is_measured  # although the clock shows no time between
+    assert liveness.round_trip_s == 0.0
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -96,9 +96,11 @@ async def test_a_peer_that_answers_pings_is_never_suspect_however_long_its_targe
         watched = Watched(rig)
         door, theirs = await watched.call()
         pings = rig.session._liveness
-        for count in range(2, 5):
+        for _ in range(3):
+            seen = pings._pings
             await rig.remote.flush()
-            await rig.remote.read_until(lambda count=count: pings._pings >= count)
+            while pings._pings == seen:
+                await rig.remote.read()
             assert not watched.is_suspect
         rig.remote.session.accept(theirs)
         await rig.remote.flush()
@@ -112,7 +114,7 @@ async def test_a_peer_that_answers_pings_is_never_suspect_however_long_its_targe
 async def test_a_tunnel_that_was_heard_just_now_is_not_asked_but_looked_at_later(pools: Pools) -> None:
     async with Rig(pools, is_client=True) as rig:
         watched = Watched(rig)
-        rig.session._liveness.round_trip_s = 0.001
+        rig.session._liveness.is_measured = True
         rig.session._liveness.received_s = rig.loop.time()
         pings = rig.session._liveness._pings
         door, _ = await watched.call()

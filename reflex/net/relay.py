@@ -291,6 +291,31 @@ class Relay:
         del code
         self.end(reset=True)
 
+    @property
+    def fd(self) -> int:
+        """The local socket's descriptor; -1 while there is none."""
+        return -1 if self.ended else self._fd
+
+    def on_hang_up(self) -> None:
+        """The local connection is gone, and no event may have told: pass on what is left of it, and its end."""
+        sock = self._sock
+        if self.ended or sock is None:
+            return
+        if self._is_reading:
+            self._on_readable()
+            if self._is_reading:
+                self._loop.call_soon(self.on_hang_up)
+        elif self._read_ended:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.on_local_error()
+        else:
+            try:
+                sock.recv(1, socket.MSG_PEEK)  # what has arrived, or FIN, is for later
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self.on_local_error()
+
     def on_idle(self) -> None:
         """No byte has moved for the idle time-out."""
         self._reset_stream(Code.IDLE)

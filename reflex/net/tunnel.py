@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from reflex.errors import ProtocolError
 from reflex.metrics import Counters
+from reflex.net.hangup import hung_up
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.session import Session
 from reflex.protocol.wire import (
@@ -44,7 +45,7 @@ READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the ot
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
-TICK_MAX_S: Final = 5.0  # how often liveness and idle streams are looked at
+TICK_MAX_S: Final = 1.0  # how often liveness, idle streams and lost connections are looked at
 TICK_MIN_S: Final = 0.25
 TICKS_PER_TIMEOUT: Final = 4
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
@@ -58,6 +59,8 @@ class StreamOwner(Protocol):
     @property
     def ended(self) -> bool: ...
     @property
+    def fd(self) -> int: ...
+    @property
     def waiting_bytes(self) -> int: ...
     def on_opened(self) -> None: ...
     def on_refused(self, status: int) -> None: ...
@@ -66,6 +69,7 @@ class StreamOwner(Protocol):
     def on_reset(self, code: int) -> None: ...
     def on_writable(self) -> None: ...
     def on_idle(self) -> None: ...
+    def on_hang_up(self) -> None: ...
 
 
 class Resumable(Protocol):
@@ -355,11 +359,34 @@ class Tunnel:
             owner.on_idle()
         for owner in idle_owners(self.draining, oldest):
             owner.on_idle()
+        self._look_for_hang_ups()
+        if self.ended:
+            return
         if session.unsent_bytes:
             self.flush_soon()
         # A dead peer is found when its time is over, not a tick later.
         next_s = min(self._tick_s, max(session.silence_left_s, TICK_MIN_S))
         self._tick_timer = self._loop.call_later(next_s, self._on_tick)
+
+    def _look_for_hang_ups(self) -> None:
+        owners = {
+            owner.fd: owner
+            for owner in (*(stream.owner for stream in self.session.streams.values()), *self.draining)
+            if owner is not None and owner.fd >= 0
+        }
+        for fd in hung_up((self._fd, *owners)):
+            if fd == self._fd:
+                self._read_rest()
+            else:
+                owners[fd].on_hang_up()
+            if self.ended:
+                return
+
+    def _read_rest(self) -> None:
+        """The connection is gone: what came before its end is still to be read, and no event tells of it."""
+        if not self.ended:
+            self._on_readable()
+            self._loop.call_soon(self._read_rest)
 
     # The end.
 

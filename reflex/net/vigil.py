@@ -50,7 +50,7 @@ class Vigil:
         """An OPEN was packed."""
         if self._timer is None:
             session = self._tunnel.session
-            if not session.round_trip_s or self._loop.time() - session.heard_s >= QUIET_S:
+            if not session.round_trip_is_measured or self._loop.time() - session.heard_s >= QUIET_S:
                 self._ask()
             else:
                 self._timer = self._loop.call_later(QUIET_S, self._look)
@@ -85,8 +85,9 @@ class Vigil:
         self._heard_s = session.heard_s
         session.ping()
         self._tunnel.flush_soon()
-        round_trip_s = session.round_trip_s
-        wait_s = max(ANSWER_MIN_S, ANSWER_ROUND_TRIPS * round_trip_s) if round_trip_s else ANSWER_UNKNOWN_S
+        wait_s = ANSWER_UNKNOWN_S
+        if session.round_trip_is_measured:
+            wait_s = max(ANSWER_MIN_S, ANSWER_ROUND_TRIPS * session.round_trip_s)
         self._answer_due_s = session.now_s + wait_s
         self._timer = self._loop.call_later(wait_s, self._judge)
 

@@ -18,6 +18,7 @@ class Liveness:
 
     Attributes:
         round_trip_s: the running mean of measured round trips; 0.0 until one was measured.
+        is_measured: whether one was; a near peer's may be 0.0 by a clock of milliseconds.
     """
 
     __slots__ = (
@@ -26,6 +27,7 @@ class Liveness:
         "_ping_is_out",
         "_ping_sent_s",
         "_pings",
+        "is_measured",
         "received_s",
         "round_trip_s",
         "sent_s",
@@ -40,6 +42,7 @@ class Liveness:
         self.received_s = now_s
         self.sent_s = now_s
         self.round_trip_s = 0.0
+        self.is_measured = False
 
     def set_peer_interval(self, interval_ms: int) -> None:
         """The peer's SETTINGS named its interval."""
@@ -78,6 +81,7 @@ class Liveness:
         if not self._ping_is_out or int.from_bytes(payload) != self._pings:
             return
         self._ping_is_out = False
+        self.is_measured = True
         sample_s = max(now_s - self._ping_sent_s, 0.0)
         if self.round_trip_s:
             sample_s = self.round_trip_s + ROUND_TRIP_WEIGHT * (sample_s - self.round_trip_s)

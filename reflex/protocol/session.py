@@ -436,6 +436,11 @@ class Session:
         return self._liveness.round_trip_s
 
     @property
+    def round_trip_is_measured(self) -> bool:
+        """Whether a round trip was measured; a near peer's may be 0.0 by a clock of milliseconds."""
+        return self._liveness.is_measured
+
+    @property
     def heard_s(self) -> float:
         """When something last came from the peer, in the time of ``now_s``."""
         return self._liveness.received_s
