@@ -627,3 +627,20 @@ async def test_a_hang_up_that_is_a_clean_end_is_left_to_be_read(pools: Pools) ->
         assert not joined.relay.ended
         joined.local.close()
         assert joined.relay.fd >= 0
+
+
+@in_loop
+async def test_a_local_socket_is_set_to_be_reset_should_the_process_be_killed(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        joined = await relayed(rig)
+        sock = joined.relay._sock
+        assert sock is not None
+        copy = sock.dup()
+        assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER)
+        # As the kernel does it for a process that is gone: every descriptor is closed, and nothing else.
+        joined.relay._pause()
+        copy.close()
+        sock.close()
+        await joined.local.expect_reset()
+        rig.session.reset(joined.relay.stream, Code.CANCELLED)
+        joined.relay.ended = True

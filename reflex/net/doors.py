@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from reflex.errors import SocksError, TunnelError
 from reflex.metrics import Counters
 from reflex.net.connector import Connector
-from reflex.net.relay import Relay, set_reset_on_close
+from reflex.net.relay import Relay, set_fin_on_close, set_reset_on_close
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -269,6 +269,8 @@ class DoorRelay(Relay):
         """End without closing the socket."""
         self.ended = True
         self._pause()
+        if self._sock is not None:
+            set_fin_on_close(self._sock)
         if self.tunnel.last_talker is self:
             self.tunnel.last_talker = None
 

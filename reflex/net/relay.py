@@ -33,6 +33,7 @@ MAX_READ_BYTES: Final = MAX_PAYLOAD_SIZE
 SENDS_PER_TURN: Final = 8
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
+_FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 
 
 class Relay:
@@ -97,11 +98,14 @@ class Relay:
         self.ended = False
         self.last_tick = tunnel.tick
         stream.owner = self
+        if sock is not None:
+            set_reset_on_close(sock)  # from now on: a process that is killed has no time for it
 
     def connected(self, sock: socket.socket) -> None:
         """The local socket is there: deliver what has arrived, and start reading."""
         self._sock = sock
         self._fd = sock.fileno()
+        set_reset_on_close(sock)
         self.last_tick = self.tunnel.tick
         if self._backlog is not None:
             self._send_backlog()
@@ -354,8 +358,8 @@ class Relay:
             self._pause()
             if self._is_writing:
                 self._loop.remove_writer(self._fd)
-            if reset:
-                set_reset_on_close(self._sock)
+            if not reset:
+                set_fin_on_close(self._sock)
             self._sock.close()
         if self._backlog is not None:
             dropped = self._backlog.clear()
@@ -370,3 +374,9 @@ def set_reset_on_close(sock: socket.socket) -> None:
     """Let ``close()`` send RST in place of FIN: an end that no peer takes for a clean one."""
     with contextlib.suppress(OSError):  # already gone: the peer has seen an end of its own
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+
+
+def set_fin_on_close(sock: socket.socket) -> None:
+    """Let ``close()`` send FIN again, behind what was sent."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)
