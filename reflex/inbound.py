@@ -281,6 +281,7 @@ class Inbound:
             "greetings": len(self._greetings),
             "replay_keys": len(self._replay),
             "buffered_bytes": self._budget.buffered,
+            "tasks": len(asyncio.all_tasks(self._loop)),
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

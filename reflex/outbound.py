@@ -281,6 +281,7 @@ class Outbound:
             "idle_tunnels": self._tunnels.idle_count(),
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "buffered_bytes": self._budget.buffered,
+            "tasks": len(asyncio.all_tasks(self._loop)),
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -182,7 +182,7 @@ def kill_and_stop(directory: Path, times: int, capsys: pytest.CaptureFixture[str
 
 
 def test_killed_and_stopped_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kill_and_stop(tmp_path, 6, capsys)
+    kill_and_stop(tmp_path, 4, capsys)
 
 
 @pytest.mark.soak

@@ -68,6 +68,13 @@ def test_one_that_does_not_answer_gets_nothing_and_counts_for_nothing_but_is_kep
     assert pool.acquire(A) is suspect
 
 
+def test_one_that_is_on_its_way_out_is_no_reason_to_close_another() -> None:
+    pool = make_pool(max_idle=1)
+    pool.add(A, FakeTunnel(idle_since_s=1))
+    pool.add(A, leaving := FakeTunnel(has_room=False, idle_since_s=2))
+    assert pool.expire(3) == [(A, leaving)]
+
+
 def test_a_tunnel_without_room_is_passed_over() -> None:
     pool = make_pool()
     pool.add(A, FakeTunnel(has_room=False))

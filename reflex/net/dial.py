@@ -16,6 +16,7 @@ import asyncio
 import errno
 import os
 import socket
+import struct
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
@@ -29,6 +30,7 @@ from reflex.protocol.wire import AddressType, Status
 # Family, type, protocol, canonical name, socket address: what getaddrinfo gives and connecting takes.
 AddrInfo = tuple[int, int, int, str, tuple[Any, ...]]
 
+RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5, "Connection Attempt Delay"
 KEEPALIVE_INTERVAL_S: Final = 30  # between probes once one went unanswered; the system's count of them stays
 
@@ -130,6 +132,7 @@ def begin_connect(
     nodelay: bool = True,
     keepalive_s: int = 0,
     policy: TargetPolicy | None = None,
+    reset_on_close: bool = False,
 ) -> socket.socket:
     """Start to connect to an IP address, without waiting.
 
@@ -138,6 +141,7 @@ def begin_connect(
         nodelay: see :func:`set_options`.
         keepalive_s: see :func:`set_options`.
         policy: who may be dialled; None for everybody.
+        reset_on_close: let ``close()``, and the end of a process that is killed, send RST from the start.
 
     Returns:
         A non-blocking socket whose connection is under way or done, which is the caller's to close.
@@ -160,6 +164,8 @@ def begin_connect(
         if not _NONBLOCK:
             sock.setblocking(False)
         set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s)
+        if reset_on_close:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         code = sock.connect_ex((address.host, address.port))
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))

@@ -22,6 +22,7 @@ from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
+from reflex.net.dial import RESET_ON_CLOSE
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
@@ -32,7 +33,6 @@ READ_GROWTH: Final = 4  # a read that filled its room: the next may be so much l
 MAX_READ_BYTES: Final = MAX_PAYLOAD_SIZE
 SENDS_PER_TURN: Final = 8
 
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
 _FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 
 
@@ -373,7 +373,7 @@ class Relay:
 def set_reset_on_close(sock: socket.socket) -> None:
     """Let ``close()`` send RST in place of FIN: an end that no peer takes for a clean one."""
     with contextlib.suppress(OSError):  # already gone: the peer has seen an end of its own
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 def set_fin_on_close(sock: socket.socket) -> None:

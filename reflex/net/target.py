@@ -68,6 +68,7 @@ class TargetRelay(Relay):
                 nodelay=dialling.nodelay,
                 keepalive_s=dialling.keepalive_s,
                 policy=dialling.policy,
+                reset_on_close=True,
             )
             if is_connected(sock, address):
                 self._attempt = None

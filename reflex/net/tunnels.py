@@ -91,15 +91,15 @@ class TunnelPool(Generic[T]):
         """
         expired: list[tuple[Hashable, T]] = []
         for key, tunnels in self._tunnels.items():
-            idle = sorted((each for each in tunnels if not each.stream_count), key=lambda each: each.idle_since_s)
+            unused = sorted((each for each in tunnels if not each.stream_count), key=lambda each: each.idle_since_s)
+            expired += [(key, each) for each in unused if not each.has_room]
+            idle = [each for each in unused if each.has_room]  # who is on its way out is no surplus of theirs
             surplus = len(idle) - self._max_idle
             stay = self._min_idle if key == favourite else 0
             spare = sum(tunnel.has_room and not tunnel.is_suspect for tunnel in tunnels) - stay
             for position, tunnel in enumerate(idle):
                 is_stale = now_s - tunnel.idle_since_s >= self._idle_timeout_s
-                if not tunnel.has_room:
-                    expired.append((key, tunnel))
-                elif (is_stale or position < surplus) and spare > 0:
+                if (is_stale or position < surplus) and spare > 0:
                     expired.append((key, tunnel))
                     spare -= not tunnel.is_suspect
         return expired
