@@ -102,10 +102,9 @@ class Relay:
             set_reset_on_close(sock)  # from now on: a process that is killed has no time for it
 
     def connected(self, sock: socket.socket) -> None:
-        """The local socket is there: deliver what has arrived, and start reading."""
+        """The local socket is there, set to RST on close: deliver what has arrived, and start reading."""
         self._sock = sock
         self._fd = sock.fileno()
-        set_reset_on_close(sock)
         self.last_tick = self.tunnel.tick
         if self._backlog is not None:
             self._send_backlog()

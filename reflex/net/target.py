@@ -98,6 +98,7 @@ class TargetRelay(Relay):
         if self.ended:
             sock.close()
         else:
+            set_reset_on_close(sock)
             self._accept(sock)
 
     def _on_connected(self) -> None:

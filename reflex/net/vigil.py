@@ -19,6 +19,7 @@ from typing import Final
 
 from reflex.net.tunnel import Tunnel
 from reflex.protocol.streams import CALLING
+from reflex.protocol.wire import Network
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +98,13 @@ class Vigil:
         return session.heard_s != self._heard_s or not session.awaits_pong
 
     def _judge(self) -> None:
-        """The time for an answer is over."""
+        """The time for an answer is over. Nobody is let go before what has arrived was read: this side may be late."""
         if self._has_answered:
             self._look()
             return
         tunnel = self._tunnel
         log.info("%r does not answer: new streams go elsewhere", tunnel)
         tunnel.is_suspect = True
-        self._let_callers_go()
         self._recheck_later()
 
     def _recheck(self) -> None:
@@ -122,7 +122,7 @@ class Vigil:
 
     def _let_callers_go(self) -> None:
         for stream in list(self._tunnel.session.streams.values()):
-            if stream.state == CALLING:
+            if stream.state == CALLING and stream.network == Network.TCP:
                 stream.owner.try_elsewhere()
 
     def _recheck_later(self) -> None:
