@@ -57,9 +57,6 @@ class Watched:
         self.rig.remote.session.ping()
         await self.rig.remote.flush()
 
-    async def suspicion(self) -> None:
-        await until(lambda: self.is_suspect)
-
 
 @in_loop
 async def test_a_request_on_a_tunnel_that_does_not_answer_is_given_back_and_reset_there(pools: Pools) -> None:
@@ -80,13 +77,31 @@ async def test_what_comes_from_a_suspect_ends_the_suspicion(pools: Pools, caplog
     async with Rig(pools, is_client=True) as rig:
         watched = Watched(rig)
         door, _ = await watched.call()
-        await watched.suspicion()
+        await until(lambda: door.connector.waiting)
+        assert watched.is_suspect
         await watched.speak()
         await until(lambda: watched.trusted)
         assert not watched.is_suspect
         assert "does not answer: new streams go elsewhere" in caplog.text
         assert "> answers" in caplog.text
         assert watched.vigil._timer is None  # nobody calls: nothing is looked at
+        door.visitor.end()
+
+
+@in_loop
+async def test_who_waits_on_a_suspect_that_answers_in_time_stays(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vigil, "RECHECK_S", 3600.0)  # between suspicion and the next look
+    async with Rig(pools, is_client=True) as rig:
+        watched = Watched(rig)
+        door, _ = await watched.call()
+        await until(lambda: watched.is_suspect)
+        await watched.speak()
+        await until(lambda: watched.vigil._has_answered)
+        watched.vigil._recheck()
+        assert watched.trusted
+        assert not watched.is_suspect
+        assert not door.connector.waiting
+        watched.vigil.stop()
         door.visitor.end()
 
 
