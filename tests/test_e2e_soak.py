@@ -30,11 +30,11 @@ from tests.processes import (
     Origin,
     Process,
     SocksReplyError,
+    anonymous_bytes,
     eventually,
     hello_through,
     make_pair,
     open_descriptors,
-    pss_bytes,
     receive_exactly,
     refusing_port,
     socks_connect,
@@ -177,7 +177,7 @@ def soak(directory: Path, seconds: float, capsys: pytest.CaptureFixture[str]) ->
             time.sleep(max(0.2, seconds / SAMPLES))
             if passed_s > seconds * WARM_UP:
                 for name, half in halves.items():
-                    samples[name].append((passed_s / 3600, pss_bytes(half.pid) / MIB))
+                    samples[name].append((passed_s / 3600, anonymous_bytes(half.pid) / MIB))
         mixture.stop()
         slopes = {
             name: statistics.linear_regression(*zip(*points, strict=True)).slope for name, points in samples.items()
