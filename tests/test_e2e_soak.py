@@ -1,6 +1,7 @@
 """A long time of mixed load: memory stays, and everything that was opened, started or borrowed comes back.
 
-``make soak`` runs it for REFLEX_SOAK_S seconds, an hour by default. The form in ``make test`` is too short
+``make soak`` runs it for REFLEX_SOAK_S seconds, an hour by default; below half an hour the slope is
+printed and not judged. The form in ``make test`` is too short
 to say anything of memory; it holds the rest.
 """
 
@@ -47,6 +48,7 @@ SHORT_S = 2.5
 WARM_UP = 0.2  # of the time: pools and the allocator reach the size that the load wants
 SAMPLES = 400
 MAX_SLOPE_MIB = 1.0  # an hour
+JUDGED_FROM_S = 1800  # a shorter run says little: 0.1 MiB that the allocator takes late is 2 MiB an hour there
 PAUSE_S = 0.005  # between two pieces of work of one application
 QUICK = {"pool": {"max_streams": 8, "idle_timeout_s": 1}}
 
@@ -203,4 +205,5 @@ def test_after_mixed_load_everything_is_back(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.timeout(SOAK_S + 300)
 def test_a_long_soak_does_not_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slopes = soak(tmp_path, SOAK_S, capsys)
-    assert all(slope < MAX_SLOPE_MIB for slope in slopes.values()), slopes
+    if SOAK_S >= JUDGED_FROM_S:
+        assert all(slope < MAX_SLOPE_MIB for slope in slopes.values()), slopes
