@@ -3,7 +3,7 @@
 #   make demo                        the pair on loopback, data moved and verified, a short table
 #   make test                        every check
 #   make test PYTEST_ARGS="-n 2"     the same, tests on two processes
-#   make soak                        the long forms of some tests: floods, probes
+#   make soak                        the long tests, two hours; REFLEX_SOAK_S=300 shortens the longest
 #   make bench                       beside the peers that are installed; writes docs/benchmarks.md (an hour)
 #   make bench-quick                 ours alone, under two minutes; for before and after a change:
 #   make bench-quick BENCH_ARGS="--compare OLD.json"

@@ -283,6 +283,11 @@ def pss_bytes(pid: int) -> int:
     return _proc_field_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
 
 
+def anonymous_bytes(pid: int) -> int:
+    """The part of ``pss_bytes`` that stands for no file: what can leak, and no other program has a say in."""
+    return _proc_field_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss_Anon")
+
+
 def _status_bytes(pid: int, field: str) -> int:
     return _proc_field_bytes(Path(f"/proc/{pid}/status"), field)
 

@@ -453,6 +453,7 @@ class Inbound:
             "buffered_bytes_high_water": self._budget.high_water,
             "look_ups": self._dialling.resolver.running,
             "look_ups_waiting": self._dialling.resolver.waiting,
+            "tasks": len(asyncio.all_tasks(self._loop)),
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

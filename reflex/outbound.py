@@ -26,6 +26,7 @@ from typing import Final
 from reflex.config import ListenSettings, OutboundSettings, ServerSettings
 from reflex.errors import ConfigError, StartError
 from reflex.metrics import Counters, statistics_json
+from reflex.net.clock import WakeWatch
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
@@ -35,6 +36,7 @@ from reflex.net.server import Server
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.net.tunnels import TunnelPool
+from reflex.net.vigil import Vigil
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import ClientCredentials, SessionSecrets
 from reflex.protocol.pools import Pools
@@ -81,11 +83,13 @@ class Outbound:
             self._make_tunnel,
             max_tunnels=settings.pool.max_tunnels,
             max_streams=settings.pool.max_streams,
+            patience_s=settings.limits.connect_timeout_s + settings.limits.handshake_timeout_s,  # of one dial
             wait_settled=self._wait_settled,
         )
         self._listeners: list[Listener] = []
         self._visitors: set[Visitor] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
+        self._wake_watch = WakeWatch()
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._trimmer = Trimmer(self._loop, self._pools.buffers)
@@ -198,6 +202,7 @@ class Outbound:
             on_settings=server.learn_time,
             on_stream_end=self._on_stream_end,
         )
+        tunnel.vigil = Vigil(self._loop, tunnel, on_trust=self._connector.room_was_made)
         self._counters.handshakes_completed += 1
         self._tunnels.add(server, tunnel)
         log.debug("%s: tunnel opened", server.address)
@@ -209,6 +214,8 @@ class Outbound:
                 await tunnel.settled.wait()
 
     def _on_tunnel_end(self, server: Server, tunnel: Tunnel) -> None:
+        if tunnel.vigil is not None:
+            tunnel.vigil.stop()
         self._tunnels.remove(server, tunnel)
         self._check_all_ended()
 
@@ -222,6 +229,12 @@ class Outbound:
             self._connector.room_was_made()
 
     def _expire(self) -> None:
+        slept_s = self._wake_watch.slept_s(EXPIRY_INTERVAL_S)
+        if slept_s:
+            log.info("%.0f s are missing, by the clock: every tunnel is asked whether it still answers", slept_s)
+            for tunnel in self._tunnels:
+                if tunnel.vigil is not None:
+                    tunnel.vigil.distrust()
         for _, tunnel in self._connector.expire():
             tunnel.close(Code.IDLE)
         self._connector.keep_warm()  # what was lost is dialled again here, so that no server is stormed
@@ -281,6 +294,7 @@ class Outbound:
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
             "buffered_bytes": self._budget.kept,
             "buffered_bytes_high_water": self._budget.high_water,
+            "tasks": len(asyncio.all_tasks(self._loop)),
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number

@@ -1,4 +1,4 @@
-"""reflex.net.clock: a web server's Date."""
+"""reflex.net.clock: a web server's Date; this machine's clocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflex.net.clock import MAX_ANSWER_BYTES, ask_date, parse_date
+from reflex.net.clock import MAX_ANSWER_BYTES, WakeWatch, ask_date, boot_time_s, parse_date
 from reflex.protocol.address import Address
 from tests.pair import DEADLINE_S, HOST, End, Origin, in_loop, refusing_port
 
@@ -103,3 +103,47 @@ async def test_a_reset_a_refusal_and_silence_tell_no_date() -> None:
         assert await ask_date(origin.address, timeout_s=0.01) is None
     with refusing_port() as port:
         assert await ask_date(Address.of(HOST, port), timeout_s=DEADLINE_S) is None
+
+
+# This machine's own.
+
+
+class Clocks:
+    """Both clocks, in the hands of a test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.boot_s, self.wall_s = 100.0, 1_900_000_000.0
+        monkeypatch.setattr("time.time", lambda: self.wall_s)
+        monkeypatch.setattr("reflex.net.clock.boot_time_s", lambda: self.boot_s)
+
+    def go(self, boot_s: float, wall_s: float) -> None:
+        self.boot_s += boot_s
+        self.wall_s += wall_s
+
+
+@pytest.mark.parametrize(
+    ("boot_s", "wall_s", "slept_s"),
+    [
+        (1.0, 1.0, 0.0),
+        (5.9, 5.9, 0.0),  # a busy moment
+        (601.0, 601.0, 600.0),  # the machine slept, or the process was stopped
+        (1.0, 3601.0, 3600.0),  # a virtual machine was stopped, or the clock was set
+        (1.0, -3599.0, 0.0),  # a clock that was set back tells nothing
+    ],
+)
+def test_a_sleep_is_told_once_by_the_clocks_that_went_on(
+    monkeypatch: pytest.MonkeyPatch, boot_s: float, wall_s: float, slept_s: float
+) -> None:
+    clocks = Clocks(monkeypatch)
+    watch = WakeWatch()
+    clocks.go(1.0, 1.0)
+    assert watch.slept_s(1.0) == 0.0
+    clocks.go(boot_s, wall_s)
+    assert watch.slept_s(1.0) == pytest.approx(slept_s)
+    clocks.go(1.0, 1.0)
+    assert watch.slept_s(1.0) == 0.0
+
+
+def test_the_boot_clock_goes_on() -> None:
+    first_s = boot_time_s()
+    assert boot_time_s() >= first_s

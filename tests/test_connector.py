@@ -22,6 +22,7 @@ class FakeTunnel:
     stream_count: int = 0
     has_room: bool = True
     is_blocked: bool = False
+    is_suspect: bool = False
     idle_since_s: float = 0.0
     ended: bool = False
     close_code: int | None = None
@@ -81,7 +82,14 @@ class FakeWaiter:
 class Office:
     """A connector of fakes."""
 
-    def __init__(self, *servers: FakeServer, max_tunnels: int = 8, max_streams: int = 2, min_idle: int = 0) -> None:
+    def __init__(
+        self,
+        *servers: FakeServer,
+        max_tunnels: int = 8,
+        max_streams: int = 2,
+        min_idle: int = 0,
+        patience_s: float = 3600,
+    ) -> None:
         self.pool: TunnelPool[Any] = TunnelPool(
             min_idle=min_idle, max_idle=8, idle_timeout_s=60, max_streams=max_streams
         )
@@ -95,6 +103,7 @@ class Office:
             self._make_tunnel,
             max_tunnels=max_tunnels,
             max_streams=max_streams,
+            patience_s=patience_s,
         )
 
     def _make_tunnel(self, server: Any, sock: Any, secrets: Any) -> Any:
@@ -365,3 +374,120 @@ async def test_tunnels_that_are_to_be_there_are_dialled_unasked() -> None:
     await turns()
     assert server.count == 2
     assert office.connector.expire() == []
+
+
+# Several dials at once.
+
+
+@in_loop
+async def test_of_two_dials_at_once_one_that_fails_takes_nobody_along() -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=1)
+    waiters = office.ask(2)
+    await turns()
+    assert server.count == 2
+    await server.fail()
+    assert [waiter.errors for waiter in waiters] == [[], []]
+    await server.answer()
+    assert waiters[0].tunnels == office.made
+    # For the one who still waits there is a dial again, and its failure is the last one's.
+    await server.fail()
+    assert waiters[1].errors == ["a server: it is down"]
+
+
+@in_loop
+async def test_two_dials_that_fail_in_the_same_turn_fail_who_waits() -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=1)
+    waiters = office.ask(2)
+    await until(lambda: len(server.attempts) == 2)
+    for attempt in server.attempts:
+        attempt.set_exception(TunnelError("it is down"))
+    await turns()
+    assert [len(waiter.errors) for waiter in waiters] == [1, 1]
+    assert server.count == 2
+
+
+@in_loop
+async def test_who_comes_while_an_old_dial_hangs_gets_a_new_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reflex.net.connector.FRESH_DIAL_S", 0.05)
+    server = FakeServer()
+    office = Office(server, max_streams=8)
+    (early,) = office.ask(1)
+    await until(lambda: server.attempts)
+    hanging = server.attempts.pop()
+    began_s = asyncio.get_running_loop().time()
+    office.ask(1)
+    await turns()
+    assert server.count == 1  # the first one is fresh
+    await until(lambda: asyncio.get_running_loop().time() > began_s + 0.1)
+    (late,) = office.ask(1)
+    await server.answer()
+    assert late.tunnels == early.tunnels == office.made
+    hanging.set_exception(TunnelError("it took too long"))
+    await turns()
+    assert (late.errors, early.errors) == ([], [])
+
+
+@in_loop
+async def test_a_dial_that_hangs_alone_is_joined_by_another_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reflex.net.connector.FRESH_DIAL_S", 0.0)
+    server = FakeServer()
+    office = Office(server, max_tunnels=2)
+    (waiter,) = office.ask(1)
+    await until(lambda: server.attempts)
+    began_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > began_s)
+    for _ in range(3):  # never more than max_tunnels
+        office.connector.keep_warm()
+        await turns()
+    assert server.count == 2
+    server.attempts.pop(0)
+    await server.answer()
+    assert waiter.tunnels == office.made
+
+
+@in_loop
+async def test_who_has_waited_for_too_long_fails_with_the_next_dial_whatever_else_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reflex.net.connector.FRESH_DIAL_S", 0.05)
+    server = FakeServer()
+    office = Office(server, patience_s=0.1)
+    loop = asyncio.get_running_loop()
+    (early,) = office.ask(1)
+    await until(lambda: server.attempts)
+    began_s = loop.time()
+    await until(lambda: loop.time() > began_s + 0.15)
+    (late,) = office.ask(1)
+    await until(lambda: len(server.attempts) == 2)
+    await server.fail()
+    assert early.errors == ["a server: it is down"]
+    assert late.errors == []
+    await server.fail()
+    assert late.errors == early.errors
+
+
+@in_loop
+async def test_who_comes_after_the_end_is_told() -> None:
+    server = FakeServer()
+    office = Office(server)
+    office.connector.close()
+    (waiter,) = office.ask(1)
+    assert waiter.errors == ["shutting down"]
+    await turns()
+    assert server.count == 0
+
+
+@in_loop
+async def test_suspects_are_not_used_nor_counted() -> None:
+    server = FakeServer()
+    office = Office(server, max_tunnels=1)
+    office.ask(1)
+    await server.answer()
+    office.made[0].is_suspect = True
+    (waiter,) = office.ask(1)
+    await server.answer()
+    assert waiter.tunnels == [office.made[1]]
+    office.made[0].is_suspect = False
+    assert office.ask(1)[0].tunnels == [office.made[0]]

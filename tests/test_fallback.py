@@ -359,3 +359,61 @@ async def test_a_web_server_that_refuses_at_once_resets_the_client(monkeypatch: 
     with Origin() as web, joined(web.address, b"x") as join:
         assert join.fallback.ended
         await join.client.expect_reset()
+
+
+# A side that is gone, and no event tells of it.
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reflex.net.fallback.LOOK_S", 0.002)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@in_loop
+async def test_a_reset_behind_bytes_is_passed_on_behind_them_where_the_loop_has_given_the_socket_up() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        await until(lambda: join.fallback._client.is_reading)
+        asyncio.get_running_loop().remove_reader(join.fallback._client.fd)  # as uvloop does after an error
+        await join.client.send(b"x" * 50_000)
+        join.client.reset()
+        assert await server.receive(50_000) == b"x" * 50_000
+        await server.expect_reset()
+        await join.ended()
+
+
+@pytest.mark.usefixtures("quick_looks")
+@in_loop
+async def test_a_reset_after_fin_ends_both_sides() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        join.client.finish()
+        await server.expect_fin()
+        await asyncio.sleep(0.01)  # some looks, at which nothing is wrong
+        assert not join.fallback.ended
+        join.client.reset()
+        await join.ended()
+        with pytest.raises(BrokenPipeError):
+            await server.send(b"who has seen FIN sees RST when it sends")
+
+
+@in_loop
+async def test_a_side_that_is_not_read_is_only_looked_at() -> None:
+    with Origin() as web, joined(web.address) as join:
+        server = await web.accept()
+        await until(lambda: join.fallback._client.is_reading)
+        side = join.fallback._client
+        side.is_reading = False
+        asyncio.get_running_loop().remove_reader(side.fd)
+        join.fallback._read_rest(side)
+        await join.client.send(b"kept")
+        join.fallback._read_rest(side)
+        join.fallback._read_on(side)
+        assert await server.receive(4) == b"kept"
+        side.is_reading = False
+        asyncio.get_running_loop().remove_reader(side.fd)
+        join.client.reset()
+        join.fallback._read_rest(side)
+        await join.ended()
+        join.fallback._read_rest(side)

@@ -45,6 +45,28 @@ def test_a_peer_that_named_its_interval_is_dead_10_s_after_it() -> None:
     assert liveness.is_dead(START_S + 12.6)
 
 
+def test_how_long_a_peer_may_still_be_silent_counts_from_what_was_heard_last() -> None:
+    liveness = Liveness(5.0, START_S)
+    assert liveness.silence_left_s(START_S) == 40
+    liveness.received_s = START_S + 30
+    assert liveness.silence_left_s(START_S + 31) == 39
+    assert liveness.silence_left_s(START_S + 71) == -1
+
+
+def test_a_ping_is_awaited_until_its_own_pong_comes() -> None:
+    liveness = Liveness(5.0, START_S)
+    assert not liveness.awaits_pong
+    assert not liveness.is_measured
+    first, second = bytes(liveness.next_ping(START_S)), liveness.next_ping(START_S)
+    liveness.pong(memoryview(first), START_S)
+    assert liveness.awaits_pong
+    assert not liveness.is_measured
+    liveness.pong(memoryview(second), START_S)
+    assert not liveness.awaits_pong
+    assert liveness.is_measured  # although the clock shows no time between
+    assert liveness.round_trip_s == 0.0
+
+
 @given(st.integers(0, 2**64 - 1))
 def test_a_peers_interval_is_believed_within_bounds_so_that_a_dead_one_is_always_found(interval_ms: int) -> None:
     liveness = Liveness(5.0, START_S)

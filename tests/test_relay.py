@@ -623,3 +623,105 @@ async def test_one_whose_stream_has_ended_gives_way_as_well(pools: Pools) -> Non
             assert not rig.tunnel.draining
             assert (rig.counters.streams_shed, rig.counters.streams_reset) == (1, 0)
             assert await open_.local.receive(48 * 1024) == PATTERN[: 48 * 1024]
+
+
+# A local connection that is gone, and no event tells of it.
+
+
+@pytest.fixture
+def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.001)
+    monkeypatch.setattr(tunnel_module, "TICK_MAX_S", 0.002)
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_a_reset_behind_bytes_is_passed_on_behind_them_where_the_loop_has_given_the_socket_up(
+    pools: Pools,
+) -> None:
+    async with Rig(pools) as rig:
+        joined = await relayed(rig)
+        rig.loop.remove_reader(joined.relay._fd)  # as uvloop does by itself after an error
+        await joined.local.send(PATTERN[:100_000])
+        joined.local.reset()
+        assert await rig.remote.receive(joined.theirs, 100_000) == PATTERN[:100_000]
+        assert (await rig.remote.see(EventKind.RESET, joined.theirs.id)).number == Code.TARGET_RESET
+        await joined.ended()
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_a_reset_before_reading_has_begun_or_after_fin_resets_the_stream(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        ours, theirs = await rig.accept()
+        unread = Relayed(rig, ours, theirs)
+        finished = await relayed(rig)
+        finished.local.finish()
+        await rig.remote.see(EventKind.FIN, finished.theirs.id)
+        tick = rig.tunnel.tick
+        await until(lambda: rig.tunnel.tick > tick + 2)
+        assert not unread.relay.ended
+        assert not finished.relay.ended
+        for joined in (unread, finished):
+            joined.local.reset()
+            await rig.remote.see(EventKind.RESET, joined.theirs.id)
+            await joined.ended()
+            joined.relay.on_hang_up()
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_bytes_that_no_window_allows_yet_are_not_lost_by_a_reset_behind_them(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        joined = await relayed(rig)
+        size = STREAM_WINDOW + 1_000
+        rig.remote.side.reads = False
+        await joined.local.send(PATTERN[:size])
+        await rig.remote.read_until(lambda: len(rig.remote.side.got.get(joined.theirs.id, b"")) == STREAM_WINDOW)
+        joined.local.reset()
+        tick = rig.tunnel.tick
+        await until(lambda: rig.tunnel.tick > tick + 2)
+        assert not joined.relay.ended
+        rig.remote.side.consume(joined.theirs)
+        rig.remote.side.reads = True
+        await rig.remote.flush()
+        assert await rig.remote.receive(joined.theirs, size) == PATTERN[:size]
+        await rig.remote.see(EventKind.RESET, joined.theirs.id)
+        await joined.ended()
+
+
+@in_loop
+async def test_a_hang_up_that_is_a_clean_end_is_left_to_be_read(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        joined = await relayed(rig)
+        joined.relay._pause()
+        joined.relay.on_hang_up()  # nothing has come at all
+        await joined.local.send(b"last")
+        joined.local.finish()
+        await turns()
+        joined.relay.on_hang_up()
+        assert not joined.relay.ended
+        joined.relay.resume()
+        assert await rig.remote.receive(joined.theirs, 4) == b"last"
+        await rig.remote.see(EventKind.FIN, joined.theirs.id)
+        joined.relay.on_hang_up()
+        assert not joined.relay.ended
+        joined.local.close()
+        assert joined.relay.fd >= 0
+
+
+@in_loop
+async def test_a_local_socket_is_set_to_be_reset_should_the_process_be_killed(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        joined = await relayed(rig)
+        sock = joined.relay._sock
+        assert sock is not None
+        copy = sock.dup()
+        assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER)
+        # As the kernel does it for a process that is gone: every descriptor is closed, and nothing else.
+        joined.relay._pause()
+        copy.close()
+        sock.close()
+        await joined.local.expect_reset()
+        rig.session.reset(joined.relay.stream, Code.CANCELLED)
+        joined.relay.ended = True

@@ -261,15 +261,65 @@ def test_the_servers_own_time_is_learnt_and_worth_a_warning_where_it_is_far(
     now_s = 1_900_000_000
     monkeypatch.setattr(time, "time", lambda: now_s)
     server.learn_time((now_s + 59) * 1000)
-    assert server._clock_shift_s == 59
+    assert server._learnt_shift_s == 59
     assert not caplog.records
     server.learn_time((now_s - 61) * 1000)
-    assert server._clock_shift_s == -61
+    assert server._learnt_shift_s == -61
     assert "this machine's clock is 61 s ahead of the server's" in caplog.text
     server.learn_time((now_s + 1000) * 1000)
     assert "this machine's clock is 1000 s behind the server's" in caplog.text
     server.learn_time((now_s + MAX_CLOCK_SHIFT_S + 1) * 1000)
-    assert server._clock_shift_s == 1000
+    assert server._learnt_shift_s == 1000
+
+
+class Clocks:
+    """The wall clock, to be set, and the boot clock, which is not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s, self.boot_s = 1_900_000_000.0, 50.0
+        monkeypatch.setattr(time, "time", lambda: self.wall_s)
+        monkeypatch.setattr("reflex.net.server.boot_time_s", lambda: self.boot_s)
+
+
+@pytest.mark.parametrize("jump_s", [3600, -3600])
+def test_a_time_that_was_learnt_holds_when_the_clock_is_set(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, jump_s: int
+) -> None:
+    clocks = Clocks(monkeypatch)
+    server = make_server(Address.of(HOST, 1), pools)
+    assert server._hello_time_s() == 1_900_000_000
+    server.learn_time(1_900_000_010_000)
+    clocks.boot_s += 600
+    clocks.wall_s += 600 + jump_s
+    assert server._hello_time_s() == 1_900_000_610
+
+
+def test_where_what_was_learnt_does_not_help_the_own_clock_is_tried_in_turn(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = Clocks(monkeypatch)
+    server = make_server(Address.of(HOST, 1), pools)
+    server.learn_time(1_900_000_000_000)
+    clocks.wall_s += 3600  # a virtual machine was stopped for an hour, its boot clock with it
+
+    @in_loop
+    async def tries(*, times: int) -> None:
+        with Origin() as origin:
+            server.address = origin.address
+            for _ in range(times):
+                task = asyncio.create_task(played(origin, hangs_up, hangs_up_at_once))
+                with pytest.raises(TunnelError, match="clock is off by more than"):
+                    await server.connect()
+                await task
+
+    assert server._hello_time_s() == 1_900_000_000
+    tries(times=1)
+    assert server._hello_time_s() == 1_900_003_600
+    tries(times=1)
+    assert server._hello_time_s() == 1_900_000_000
+    tries(times=1)
+    server.learn_time(1_900_003_601_000)
+    assert server._hello_time_s() == 1_900_003_601
 
 
 # How often

@@ -16,12 +16,23 @@ import pytest
 
 from reflex.metrics import Counters
 from reflex.net import tunnel as tunnel_module
-from reflex.net.tunnel import READS_PER_TURN, SHARED_TURNS, SMALL_FRAMES_PER_TURN, Tunnel
+from reflex.net.tunnel import READS_PER_TURN, SHARED_TURNS, SMALL_FRAMES_PER_TURN, TICK_MAX_S, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import CODE, GOAWAY, SETTING, STREAM_WINDOW, Code, FrameType, Network, Setting, Status
+from reflex.protocol.wire import (
+    CODE,
+    GOAWAY,
+    KEEPALIVE_GRACE_S,
+    SETTING,
+    STREAM_WINDOW,
+    Code,
+    FrameType,
+    Network,
+    Setting,
+    Status,
+)
 from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
 from tests.sessions import CLIENT_TIME_MS, SECRETS, TARGET, TO_TARGET
 
@@ -50,6 +61,7 @@ class Owner:
         self.last_tick = rig.tunnel.tick
         self.told: list[object] = []
         self.ended = False
+        self.fd = -1
         self.waiting_bytes = 0
         self.got = bytearray()
         stream.owner = self
@@ -76,6 +88,9 @@ class Owner:
     def on_idle(self) -> None:
         self.told.append("idle")
         self.last_tick = self.rig.tunnel.tick
+
+    def on_hang_up(self) -> None:
+        self.told.append("hang-up")
 
 
 class Sleeper:
@@ -576,6 +591,52 @@ async def test_a_peer_that_gives_no_sign_of_life_is_cut_off(pools: Pools, caplog
         assert rig.counters.tunnels_lost == 1
         await rig.remote.end.receive_all()
     assert "no sign of life from the peer; 1 streams are reset" in caplog.text
+
+
+@in_loop
+async def test_a_dead_peer_is_found_when_its_time_is_over_and_not_a_tick_later(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        assert rig.tunnel._tick_s == TICK_MAX_S
+        rig.session._liveness.received_s = rig.loop.time() - KEEPALIVE_GRACE_S
+        rig.session._liveness._peer_interval_s = 0.05
+        rig.tunnel._tick_timer.cancel()
+        rig.tunnel._on_tick()
+        assert rig.tunnel._tick_timer.when() - rig.loop.time() < TICK_MAX_S / 2
+        await until(lambda: rig.tunnel.ended)
+
+
+@in_loop
+async def test_a_reset_behind_bytes_is_seen_although_the_loop_tells_of_it_once(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with Rig(pools) as rig:
+        await accepted(rig)
+        rig.loop.remove_reader(rig.tunnel._fd)  # as uvloop does by itself after an error
+        rig.remote.session.ping()
+        await rig.remote.flush()
+        rig.remote.end.reset()
+        await until(lambda: rig.tunnel.ended)
+        assert "connection lost: Connection reset by peer; 1 streams are reset" in caplog.text
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_owners_whose_connection_is_gone_are_told(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, _ = await accepted(rig)
+        other, _ = await accepted(rig)
+        near, far = tcp_pair()
+        with far, End(near) as end:
+            owner.fd = far.fileno()
+            tick = rig.tunnel.tick
+            await until(lambda: rig.tunnel.tick > tick + 2)
+            assert owner.told == []
+            end.reset()
+            await until(lambda: owner.told)
+            assert set(owner.told) == {"hang-up"}
+            owner.fd = -1
+        assert other.told == []
 
 
 @pytest.mark.usefixtures("quick_ticks")

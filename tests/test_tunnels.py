@@ -12,6 +12,7 @@ class FakeTunnel:
     stream_count: int = 0
     has_room: bool = True
     is_blocked: bool = False
+    is_suspect: bool = False
     idle_since_s: float = field(default=0.0)
 
 
@@ -49,6 +50,29 @@ def test_a_tunnel_is_shared_until_it_is_full() -> None:
     assert pool.count(A) == 2
     assert pool.count(B) == 0
     assert pool.acquire(B) is None
+
+
+def test_one_that_does_not_answer_gets_nothing_and_counts_for_nothing_but_is_kept() -> None:
+    pool = make_pool(min_idle=1, max_idle=8)
+    suspect = FakeTunnel(is_suspect=True)
+    pool.add(A, suspect)
+    assert pool.acquire(A) is None
+    assert pool.count(A) == 0
+    assert pool.missing() == 1
+    assert pool.expire(0.0, A) == []
+    pool.add(A, other := FakeTunnel())
+    assert pool.acquire(A) is other
+    assert pool.missing() == 0
+    assert pool.expire(1e9, A) == []  # the one that answers is the one that is to stay
+    suspect.is_suspect = False
+    assert pool.acquire(A) is suspect
+
+
+def test_one_that_is_on_its_way_out_is_no_reason_to_close_another() -> None:
+    pool = make_pool(max_idle=1)
+    pool.add(A, FakeTunnel(idle_since_s=1))
+    pool.add(A, leaving := FakeTunnel(has_room=False, idle_since_s=2))
+    assert pool.expire(3) == [(A, leaving)]
 
 
 def test_a_tunnel_without_room_is_passed_over() -> None:

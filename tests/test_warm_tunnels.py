@@ -26,6 +26,7 @@ class FakeTunnel:
     stream_count: int = 0
     has_room: bool = True
     is_blocked: bool = False
+    is_suspect: bool = False
     idle_since_s: float = 0.0
     ended: bool = False
 

@@ -4,14 +4,19 @@ Servers are tried in their order: the first that can be had is used, the next on
 cannot. After a failure a server is left alone for a while that grows; requests that come meanwhile
 wait for the next attempt, and fail with it. While a later server is in use, an earlier one is tried
 again in the background, and used again from then on.
+
+A path that was gone and is back does not help a dial that began before: its SYN, or its hello, waits
+for TCP's next try, which is seconds away. So who waits does not depend on an old dial alone: another
+one is begun beside it, and a dial that fails takes nobody along while another may yet succeed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, Protocol
 
@@ -25,6 +30,10 @@ from reflex.protocol.wire import Code
 log = logging.getLogger(__name__)
 
 OF_NO_USE: Final = "the tunnel ended, or took no streams, right after the handshake"
+# A dial is relied on for so long: with the next doubling of TCP's first time-out (RFC 6298: 1 s, then 3 s
+# after the start) its packets become rarer than what a request may wait.
+FRESH_DIAL_S: Final = 2.5
+PATIENCE_S: Final = 20.0
 
 
 class Waiter(Protocol):
@@ -46,6 +55,7 @@ class Connector:
         make_tunnel: from a connected socket and its secrets; adds it to the pool.
         max_tunnels: per server.
         max_streams: per tunnel.
+        patience_s: who has waited for longer fails with the next dial that fails, whatever else is under way.
         wait_settled: returns, in bounded time, when it is known how many streams the new tunnel's server
             allows; until then nobody dials another because this one seems full.
     """
@@ -59,6 +69,7 @@ class Connector:
         *,
         max_tunnels: int,
         max_streams: int,
+        patience_s: float = PATIENCE_S,
         wait_settled: Callable[[Tunnel], Awaitable[None]] | None = None,
     ) -> None:
         self._loop = loop
@@ -68,8 +79,9 @@ class Connector:
         self._wait_settled = wait_settled
         self._max_tunnels = max_tunnels
         self._max_streams = max_streams
-        self._waiting: deque[Waiter] = deque()
-        self._dials: set[asyncio.Task[None]] = set()
+        self._patience_s = patience_s
+        self._waiting: OrderedDict[Waiter, float] = OrderedDict()  # and since when
+        self._dials: dict[asyncio.Task[None], float] = {}  # and when it begins to connect
         self._is_closed = False
 
     def request(self, waiter: Waiter) -> None:
@@ -80,13 +92,15 @@ class Connector:
                 waiter.on_tunnel(tunnel)
                 self._try_preferred()
                 return
-        self._waiting.append(waiter)
-        self._dial_as_needed()
+        self._waiting[waiter] = self._loop.time()
+        if self._is_closed:
+            self._fail_waiting(TunnelError("shutting down"))
+        else:
+            self._dial_as_needed()
 
     def cancel(self, waiter: Waiter) -> None:
         """The waiter does not want one any more; nothing where it does not wait."""
-        if waiter in self._waiting:
-            self._waiting.remove(waiter)
+        self._waiting.pop(waiter, None)
 
     def _available(self) -> Tunnel | None:
         for server in self._servers:
@@ -98,7 +112,7 @@ class Connector:
     def room_was_made(self) -> None:
         """A stream has ended or a tunnel was opened: serve those who wait."""
         while self._waiting and (tunnel := self._available()) is not None:
-            self._waiting.popleft().on_tunnel(tunnel)
+            self._waiting.popitem(last=False)[0].on_tunnel(tunnel)
 
     def _try_preferred(self) -> None:
         """Where a later server is in use, see whether the first one is back."""
@@ -108,7 +122,7 @@ class Connector:
 
     def _start_dial(self, candidates: list[Server], *, is_probe: bool = False) -> None:
         task = self._loop.create_task(self._dial(candidates, is_probe=is_probe))
-        self._dials.add(task)
+        self._dials[task] = max(candidates[0].not_before_s, self._loop.time())
         task.add_done_callback(self._dial_ended)
 
     def keep_warm(self) -> None:
@@ -122,12 +136,15 @@ class Connector:
 
     def _dial_as_needed(self) -> None:
         for_waiting = -(-len(self._waiting) // self._max_streams)
-        needed = max(for_waiting, 0 if self._is_closed else self._pool.missing())
-        while len(self._dials) < needed:
+        missing = self._pool.missing()
+        fresh_since_s = self._loop.time() - FRESH_DIAL_S
+        fresh = sum(began_s >= fresh_since_s for began_s in self._dials.values())
+        while fresh < for_waiting or len(self._dials) < missing:
             candidates = self._candidates()
             if not candidates:
                 break
             self._start_dial(candidates)
+            fresh += 1
         if not self._dials:
             self._fail_waiting(
                 TunnelError(f"every tunnel is full: {self._max_tunnels} of {self._max_streams} streams each per server")
@@ -169,21 +186,31 @@ class Connector:
             self.room_was_made()
             return
         if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
-            self._fail_waiting(TunnelError("; ".join(reasons)))
+            self._dial_failed(asyncio.current_task(), TunnelError("; ".join(reasons)))
+
+    def _dial_failed(self, task: asyncio.Task[None] | None, error: TunnelError) -> None:
+        """Who waits fails with it; where other dials have begun to connect, only who has waited for too long."""
+        if task is not None:
+            self._dials.pop(task, None)
+        now_s = self._loop.time()
+        if any(begins_s <= now_s for begins_s in self._dials.values()):
+            self._fail_waiting(error, joined_before_s=now_s - self._patience_s)
+        else:
+            self._fail_waiting(error)
 
     def _dial_ended(self, task: asyncio.Task[None]) -> None:
-        self._dials.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("dialling failed unexpectedly", exc_info=error)
-            self._fail_waiting(TunnelError(f"internal error: {error}"))
-        elif not task.cancelled():
+            self._dial_failed(task, TunnelError(f"internal error: {error}"))
+        self._dials.pop(task, None)
+        if not self._is_closed and not task.cancelled():
             self._dial_as_needed()
 
-    def _fail_waiting(self, error: TunnelError) -> None:
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, deque()
-        for waiter in waiting:
+    def _fail_waiting(self, error: TunnelError, *, joined_before_s: float = math.inf) -> None:
+        failed = [waiter for waiter, joined_s in self._waiting.items() if joined_s <= joined_before_s]
+        for waiter in failed:
+            self._waiting.pop(waiter, None)  # what one is told may make another leave
+        for waiter in failed:
             waiter.on_no_tunnel(error)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 import aiohappyeyeballs
 
 from reflex.errors import DialError
-from reflex.net.options import is_loopback, set_options
+from reflex.net.options import RESET_ON_CLOSE, is_loopback, set_options
 from reflex.net.resolver import AddrInfo, checked, failure
 from reflex.net.targets import NameVerdict, TargetPolicy
 from reflex.protocol.address import Address
@@ -134,6 +134,7 @@ def begin_connect(
     nodelay: bool = True,
     keepalive_s: int = 0,
     policy: TargetPolicy | None = None,
+    reset_on_close: bool = False,
 ) -> socket.socket:
     """Start to connect to an IP address, without waiting.
 
@@ -142,6 +143,7 @@ def begin_connect(
         nodelay: see :func:`set_options`.
         keepalive_s: see :func:`set_options`.
         policy: who may be dialled; None for everybody.
+        reset_on_close: let ``close()``, and the end of a process that is killed, send RST from the start.
 
     Returns:
         A non-blocking socket whose connection is under way or done, which is the caller's to close.
@@ -164,6 +166,8 @@ def begin_connect(
         if not _NONBLOCK:
             sock.setblocking(False)
         set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=is_loopback(address.host))
+        if reset_on_close:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         code = sock.connect_ex((address.host, address.port))
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))

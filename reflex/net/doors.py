@@ -16,7 +16,7 @@ from reflex.errors import SocksError, TunnelError
 from reflex.metrics import Counters
 from reflex.net.connector import Connector
 from reflex.net.pressure import Pressure
-from reflex.net.relay import Relay, set_reset_on_close
+from reflex.net.relay import Relay, set_fin_on_close, set_reset_on_close
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -132,6 +132,8 @@ class Visitor:
         tunnel.flush_soon()
         door.counters.streams_opened += 1
         self._relay = DoorRelay(door, self, tunnel, stream, self._sock)
+        if tunnel.vigil is not None:
+            tunnel.vigil.called()
         if self._parser is None:
             # A forward has nobody to tell how the OPEN went: its data may follow at once.
             self._relay.start_reading()
@@ -142,6 +144,11 @@ class Visitor:
         self._refuse(Status.GENERAL_FAILURE)
 
     # What the relay reports of its OPEN.
+
+    @property
+    def may_try_again(self) -> bool:
+        """Whether it has tunnels left to try."""
+        return self._attempts < ATTEMPTS
 
     def opened(self) -> None:
         """The target is connected; what the application sent ahead follows."""
@@ -164,7 +171,7 @@ class Visitor:
     def lost(self, code: int, *, is_untouched: bool) -> None:
         """The stream was reset before the target was connected: try another tunnel where nothing was sent."""
         self._relay = None
-        if is_untouched and self._attempts < ATTEMPTS and code in RETRIED:
+        if is_untouched and self.may_try_again and code in RETRIED:
             self._request_tunnel()
         else:
             self._refuse(Status.GENERAL_FAILURE)
@@ -246,14 +253,32 @@ class DoorRelay(Relay):
         if self._is_opened or self.ended:
             super().on_reset(code)
             return
-        is_untouched = self.stream.send_window.available == STREAM_WINDOW and not self._read_ended
+        is_untouched = self._is_untouched
         self._let_go()
         self._visitor.lost(code, is_untouched=is_untouched)
+
+    @property
+    def _is_untouched(self) -> bool:
+        """Whether the target cannot have received anything."""
+        return self.stream.send_window.available == STREAM_WINDOW and not self._read_ended
+
+    def try_elsewhere(self) -> None:
+        """The tunnel does not answer: ask for another, where nothing was sent and a try is left."""
+        if self._is_opened or self.ended or not self._is_untouched or not self._visitor.may_try_again:
+            return
+        tunnel = self.tunnel
+        tunnel.session.reset(self.stream, Code.CANCELLED)
+        tunnel.flush_soon()
+        self._let_go()
+        tunnel.stream_ended()
+        self._visitor.lost(Code.CANCELLED, is_untouched=True)
 
     def _let_go(self) -> None:
         """End without closing the socket."""
         self.ended = True
         self._pause()
+        if self._sock is not None:
+            set_fin_on_close(self._sock)
         if self.tunnel.last_talker is self:
             self.tunnel.last_talker = None
 

@@ -18,6 +18,7 @@ from typing import Final
 from reflex.errors import DialError
 from reflex.net.backlog import Backlog
 from reflex.net.dial import begin_connect, finish_connect, is_connected
+from reflex.net.hangup import hung_up
 from reflex.net.relay import set_reset_on_close
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 32_768
 HALF_CLOSED_S: Final = 120.0  # of silence after the web server's FIN; twice what Linux gives those it does not serve
+LOOK_S: Final = 5.0  # how often it is looked whether a connection is gone that no event tells of
 
 
 class _Side:
@@ -54,7 +56,7 @@ class Fallback:
         on_end: called once, when both sockets are closed.
     """
 
-    __slots__ = ("_buffers", "_client", "_loop", "_on_end", "_server", "_timer", "ended")
+    __slots__ = ("_buffers", "_client", "_look_timer", "_loop", "_on_end", "_server", "_timer", "ended")
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Fallback:
         self._server: _Side | None = None
         self._timer: asyncio.TimerHandle | None = None  # runs once the client has the web server's FIN
         self.ended = False
+        self._look_timer: asyncio.TimerHandle | None = None  # runs once both are there
         try:
             server = begin_connect(address)
         except DialError as error:
@@ -118,6 +121,32 @@ class Fallback:
             self._read_on(self._client)
         if not self.ended:
             self._read_on(server)
+            self._look_timer = self._loop.call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """A side that was reset unseen ends both, once what came before was read."""
+        client, server = self._client, self._server
+        assert server is not None  # noqa: S101  # it is looked at only from then on
+        self._look_timer = self._loop.call_later(LOOK_S, self._look)
+        for fd in hung_up((client.fd, server.fd)):
+            self._read_rest(client if fd == client.fd else server)
+
+    def _read_rest(self, side: _Side) -> None:
+        if self.ended:
+            return
+        if side.is_reading:
+            self._on_readable(side)
+            self._loop.call_soon(self._read_rest, side)
+        elif side.read_ended:
+            if side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.end(reset=True)
+        else:
+            try:
+                side.sock.recv(1, socket.MSG_PEEK)  # what has arrived, or FIN, is for later
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self.end(reset=True)
 
     def _other(self, side: _Side) -> _Side:
         other = self._server if side is self._client else self._client
@@ -213,8 +242,9 @@ class Fallback:
         if self.ended:
             return
         self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._look_timer):
+            if timer is not None:
+                timer.cancel()
         for side in (self._client, self._server):
             if side is None:
                 continue

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import socket
+import struct
 from typing import Final
 
 KEEPALIVE_INTERVAL_S: Final = 30  # between unanswered probes, unless the silence before them is shorter
 PLAIN_CONTROL: Final = b"reno"  # tcp(7): built into every kernel, and every process may choose it
+RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
 _UNPACED: Final = frozenset((b"reno", b"cubic"))
 _NAME_BYTES: Final = 16  # TCP_CA_NAME_MAX in linux/tcp.h
 _CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)  # Linux alone has it

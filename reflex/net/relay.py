@@ -22,6 +22,7 @@ from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
+from reflex.net.options import RESET_ON_CLOSE
 from reflex.net.tunnel import SHARED_READ_BYTES, Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
@@ -32,7 +33,7 @@ READ_GROWTH: Final = 4  # a read that filled its room: the next may be so much l
 MAX_READ_BYTES: Final = MAX_PAYLOAD_SIZE
 SENDS_PER_TURN: Final = 8
 
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
+_FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 
 
 class Relay:
@@ -97,9 +98,11 @@ class Relay:
         self.ended = False
         self.last_tick = tunnel.tick
         stream.owner = self
+        if sock is not None:
+            set_reset_on_close(sock)  # from now on: a process that is killed has no time for it
 
     def connected(self, sock: socket.socket) -> None:
-        """The local socket is there: deliver what has arrived, and start reading."""
+        """The local socket is there, set to RST on close: deliver what has arrived, and start reading."""
         self._sock = sock
         self._fd = sock.fileno()
         self.last_tick = self.tunnel.tick
@@ -298,6 +301,31 @@ class Relay:
         del code
         self.end(reset=True)
 
+    @property
+    def fd(self) -> int:
+        """The local socket's descriptor; -1 while there is none."""
+        return -1 if self.ended else self._fd
+
+    def on_hang_up(self) -> None:
+        """The local connection is gone, and no event may have told: pass on what is left of it, and its end."""
+        sock = self._sock
+        if self.ended or sock is None:
+            return
+        if self._is_reading:
+            self._on_readable()
+            if self._is_reading:
+                self._loop.call_soon(self.on_hang_up)
+        elif self._read_ended:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.on_local_error()
+        else:
+            try:
+                sock.recv(1, socket.MSG_PEEK)  # what has arrived, or FIN, is for later
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self.on_local_error()
+
     def on_idle(self) -> None:
         """No byte has moved for the idle time-out."""
         self._reset_stream(Code.IDLE)
@@ -342,8 +370,8 @@ class Relay:
             self._pause()
             if self._is_writing:
                 self._loop.remove_writer(self._fd)
-            if reset:
-                set_reset_on_close(self._sock)
+            if not reset:
+                set_fin_on_close(self._sock)
             self._sock.close()
         if self._backlog is not None:
             dropped = self._backlog.clear()
@@ -357,4 +385,10 @@ class Relay:
 def set_reset_on_close(sock: socket.socket) -> None:
     """Let ``close()`` send RST in place of FIN: an end that no peer takes for a clean one."""
     with contextlib.suppress(OSError):  # already gone: the peer has seen an end of its own
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
+
+def set_fin_on_close(sock: socket.socket) -> None:
+    """Let ``close()`` send FIN again, behind what was sent."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)

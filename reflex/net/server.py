@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from reflex.errors import AuthenticationFailed, DialError, TunnelError
-from reflex.net.clock import ask_date
+from reflex.net.clock import ask_date, boot_time_s
 from reflex.net.dial import dial, is_own_fault
 from reflex.net.resolver import Resolver
 from reflex.protocol.address import Address
@@ -65,7 +65,9 @@ class Server:
         self._failures = 0
         self._is_own_fault = False  # that the last attempt failed
         self.not_before_s = 0.0  # loop time of the next attempt
-        self._clock_shift_s = 0  # what is added to this machine's clock for a hello
+        # The server's time as the boot clock tells it: what was learnt holds when this machine's clock is set.
+        self._boot_to_server_s: float | None = None
+        self._goes_by_own_clock = False  # what was learnt did not help: try without, and with it, in turn
 
     # How often to try.
 
@@ -101,13 +103,15 @@ class Server:
         except _NotAnswered as error:
             shift_s = await self._shift_by_date()
             if shift_s is None:
+                if abs(self._learnt_shift_s) > CLOCK_NOTE_S:
+                    self._goes_by_own_clock = not self._goes_by_own_clock
                 raise TunnelError(f"{error}; {self._advice()}") from None
             is_near = abs(shift_s) <= HELLO_TIME_LIMIT_S
             keys_are_wrong = "so the server's public key, the user id or the user key is wrong"
             clocks_agree = f"the clocks agree within {HELLO_TIME_LIMIT_S} s, {keys_are_wrong}"
             # A clock that is a little behind matters to a server that started just now: it refuses
             # hellos from before its start. One that is a little ahead never does.
-            if is_near and shift_s <= self._clock_shift_s:
+            if is_near and shift_s <= (0 if self._goes_by_own_clock else self._learnt_shift_s):
                 raise TunnelError(f"{error}; {clocks_agree}") from None
             if not is_near:
                 log.warning(
@@ -121,11 +125,11 @@ class Server:
                     f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
                 ) from None
             # A Date is cut to whole seconds: rather a second ahead than from before a server's start.
-            self._clock_shift_s = shift_s if is_near else shift_s + 1
+            self._learn_shift(shift_s if is_near else shift_s + 1)
             try:
                 return await self._attempt()
             except _NotAnswered as again:
-                self._clock_shift_s = 0
+                self._boot_to_server_s = None
                 raise TunnelError(
                     f"{again}; {clocks_agree}" if is_near else f"{again}, nor with the time corrected, {keys_are_wrong}"
                 ) from None
@@ -164,7 +168,7 @@ class Server:
         handshake = ClientHandshake(
             self._credentials,
             suite=self._suite,
-            time_s=int(time.time()) + self._clock_shift_s,
+            time_s=self._hello_time_s(),
             random_bytes=secrets.token_bytes,
         )
         hello = self._pools.client_hellos.acquire()
@@ -209,7 +213,21 @@ class Server:
                 "behind" if shift_s > 0 else "ahead of",
             )
         if abs(shift_s) <= MAX_CLOCK_SHIFT_S:
-            self._clock_shift_s = shift_s
+            self._learn_shift(shift_s)
+
+    def _learn_shift(self, shift_s: int) -> None:
+        self._boot_to_server_s = time.time() + shift_s - boot_time_s()
+        self._goes_by_own_clock = False
+
+    @property
+    def _learnt_shift_s(self) -> int:
+        """How far the server's clock is ahead of ours now, by what was learnt of it; 0 where nothing was."""
+        if self._boot_to_server_s is None:
+            return 0
+        return round(boot_time_s() + self._boot_to_server_s - time.time())
+
+    def _hello_time_s(self) -> int:
+        return int(time.time()) + (0 if self._goes_by_own_clock else self._learnt_shift_s)
 
 
 class _NotAnswered(Exception):  # never leaves this module

@@ -93,6 +93,7 @@ class TargetRelay(Relay):
                 nodelay=dialling.nodelay,
                 keepalive_s=dialling.keepalive_s,
                 policy=dialling.policy,
+                reset_on_close=True,
             )
             if is_connected(sock, address):
                 self._attempt = None
@@ -123,6 +124,7 @@ class TargetRelay(Relay):
         if self.ended:
             sock.close()
         else:
+            set_reset_on_close(sock)
             self._accept(sock)
 
     def _on_connected(self) -> None:

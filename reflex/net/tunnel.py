@@ -24,11 +24,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from reflex.errors import ProtocolError
 from reflex.loop import DirectLoop
 from reflex.metrics import Counters
+from reflex.net.hangup import hung_up
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.session import Session
 from reflex.protocol.wire import (
@@ -37,6 +38,9 @@ from reflex.protocol.wire import (
     FATAL_DISCARD_MIN_S,
     Code,
 )
+
+if TYPE_CHECKING:
+    from reflex.net.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ SMALL_FRAMES_PER_TURN: Final = 500
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
-TICK_MAX_S: Final = 5.0  # how often liveness and idle streams are looked at
+TICK_MAX_S: Final = 1.0  # how often liveness, idle streams and lost connections are looked at
 TICK_MIN_S: Final = 0.25
 TICKS_PER_TIMEOUT: Final = 4
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
@@ -64,6 +68,8 @@ class StreamOwner(Protocol):
     @property
     def ended(self) -> bool: ...
     @property
+    def fd(self) -> int: ...
+    @property
     def waiting_bytes(self) -> int: ...
     def on_opened(self) -> None: ...
     def on_refused(self, status: int) -> None: ...
@@ -72,6 +78,7 @@ class StreamOwner(Protocol):
     def on_reset(self, code: int) -> None: ...
     def on_writable(self) -> None: ...
     def on_idle(self) -> None: ...
+    def on_hang_up(self) -> None: ...
 
 
 class Resumable(Protocol):
@@ -121,12 +128,14 @@ class Tunnel:
         "flush_is_due",
         "idle_since_s",
         "is_blocked",
+        "is_suspect",
         "last_talker",
         "session",
         "settled",
         "shared_turns",
         "tick",
         "turn",
+        "vigil",
     )
 
     def __init__(
@@ -158,6 +167,8 @@ class Tunnel:
         self.flush_is_due = False
         self._on_discard = on_discard
         self.is_blocked = False
+        self.is_suspect = False  # it does not answer: the vigil's to say
+        self.vigil: Vigil | None = None  # for a client's tunnel, set by who made it
         self._waiting: dict[Resumable, None] = {}  # in their order
         self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
         self.last_talker: object = None
@@ -405,9 +416,34 @@ class Tunnel:
             owner.on_idle()
         for owner in idle_owners(self.draining, oldest):
             owner.on_idle()
+        self._look_for_hang_ups()
+        if self.ended:
+            return
         if session.unsent_bytes:
             self.flush_soon()
-        self._tick_timer = self._loop.call_later(self._tick_s, self._on_tick)
+        # A dead peer is found when its time is over, not a tick later.
+        next_s = min(self._tick_s, max(session.silence_left_s, TICK_MIN_S))
+        self._tick_timer = self._loop.call_later(next_s, self._on_tick)
+
+    def _look_for_hang_ups(self) -> None:
+        owners = {
+            owner.fd: owner
+            for owner in (*(stream.owner for stream in self.session.streams.values()), *self.draining)
+            if owner is not None and owner.fd >= 0
+        }
+        for fd in hung_up((self._fd, *owners)):
+            if fd == self._fd:
+                self._read_rest()
+            else:
+                owners[fd].on_hang_up()
+            if self.ended:
+                return
+
+    def _read_rest(self) -> None:
+        """The connection is gone: what came before its end is still to be read, and no event tells of it."""
+        if not self.ended:
+            self._on_readable()
+            self._loop.call_soon(self._read_rest)
 
     # The end.
 

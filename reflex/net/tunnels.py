@@ -14,6 +14,7 @@ class Shared(Protocol):
     """What the pool asks of a tunnel."""
 
     idle_since_s: float
+    is_suspect: bool
 
     @property
     def stream_count(self) -> int: ...
@@ -59,11 +60,12 @@ class TunnelPool(Generic[T]):
         """A tunnel to this server with room for a stream, or None.
 
         The oldest that is not blocked comes first, so that those opened for a peak run empty and
-        expire; where all are blocked, the one with the fewest streams.
+        expire; where all are blocked, the one with the fewest streams. One that does not answer
+        (:mod:`reflex.net.vigil`) gets nothing until it does.
         """
         blocked: T | None = None
         for tunnel in self._tunnels.get(key, ()):
-            if not tunnel.has_room or tunnel.stream_count >= self._max_streams:
+            if tunnel.is_suspect or not tunnel.has_room or tunnel.stream_count >= self._max_streams:
                 continue
             if not tunnel.is_blocked:
                 return tunnel
@@ -78,7 +80,7 @@ class TunnelPool(Generic[T]):
 
     def missing(self) -> int:
         """How many tunnels more must be dialled for ``min_idle`` of them to be there, to whatever server."""
-        return max(0, self._min_idle - sum(tunnel.has_room for tunnel in self))
+        return max(0, self._min_idle - sum(tunnel.has_room and not tunnel.is_suspect for tunnel in self))
 
     def expire(self, now_s: float, favourite: Hashable = None) -> list[tuple[Hashable, T]]:
         """The idle tunnels that are to be closed: idle too long, too many (oldest idle first), or
@@ -89,22 +91,28 @@ class TunnelPool(Generic[T]):
         """
         expired: list[tuple[Hashable, T]] = []
         for key, tunnels in self._tunnels.items():
-            idle = sorted((each for each in tunnels if not each.stream_count), key=lambda each: each.idle_since_s)
+            unused = sorted((each for each in tunnels if not each.stream_count), key=lambda each: each.idle_since_s)
+            expired += [(key, each) for each in unused if not each.has_room]
+            idle = [each for each in unused if each.has_room]  # who is on its way out is no surplus of theirs
             surplus = len(idle) - self._max_idle
             stay = self._min_idle if key == favourite else 0
-            spare = sum(tunnel.has_room for tunnel in tunnels) - stay
+            spare = sum(tunnel.has_room and not tunnel.is_suspect for tunnel in tunnels) - stay
             for position, tunnel in enumerate(idle):
                 is_stale = now_s - tunnel.idle_since_s >= self._idle_timeout_s
-                if not tunnel.has_room:
+                if (is_stale or position < surplus) and spare > 0:
                     expired.append((key, tunnel))
-                elif (is_stale or position < surplus) and spare > 0:
-                    expired.append((key, tunnel))
-                    spare -= 1
+                    spare -= not tunnel.is_suspect
         return expired
 
     def count(self, key: Hashable) -> int:
-        """How many tunnels to this server are of use; one that is idle and takes no streams is on its way out."""
-        return sum(1 for tunnel in self._tunnels.get(key, ()) if tunnel.stream_count or tunnel.has_room)
+        """How many tunnels to this server are of use: not one that does not answer, nor one that is on its way
+        out, idle and without room.
+        """
+        return sum(
+            1
+            for tunnel in self._tunnels.get(key, ())
+            if not tunnel.is_suspect and (tunnel.stream_count or tunnel.has_room)
+        )
 
     def idle_count(self, key: Hashable | None = None) -> int:
         """How many tunnels, of this server or of all, have no stream."""

@@ -20,6 +20,7 @@ class Liveness:
 
     Attributes:
         round_trip_s: the running mean of measured round trips; 0.0 until one was measured.
+        is_measured: whether one was; a near peer's may be 0.0 by a clock of milliseconds.
     """
 
     __slots__ = (
@@ -28,6 +29,7 @@ class Liveness:
         "_ping_is_out",
         "_ping_sent_s",
         "_pings",
+        "is_measured",
         "received_s",
         "round_trip_s",
         "sent_s",
@@ -42,6 +44,7 @@ class Liveness:
         self.received_s = now_s
         self.sent_s = now_s
         self.round_trip_s = 0.0
+        self.is_measured = False
 
     def set_peer_interval(self, interval_ms: int) -> None:
         """The peer's SETTINGS named its interval."""
@@ -49,7 +52,16 @@ class Liveness:
 
     def is_dead(self, now_s: float) -> bool:
         """Whether the peer was silent for its interval and the grace time."""
-        return now_s - self.received_s > self._peer_interval_s + KEEPALIVE_GRACE_S
+        return self.silence_left_s(now_s) < 0
+
+    def silence_left_s(self, now_s: float) -> float:
+        """How much longer the peer may be silent; negative where it is dead."""
+        return self.received_s + self._peer_interval_s + KEEPALIVE_GRACE_S - now_s
+
+    @property
+    def awaits_pong(self) -> bool:
+        """Whether the last PING is still unanswered."""
+        return self._ping_is_out
 
     def ping_is_due(self, now_s: float) -> bool:
         """Whether this side was silent for its interval."""
@@ -74,6 +86,7 @@ class Liveness:
         if not self._ping_is_out or int.from_bytes(payload) != self._pings:
             return
         self._ping_is_out = False
+        self.is_measured = True
         sample_s = max(now_s - self._ping_sent_s, 0.0)
         if self.round_trip_s:
             sample_s = self.round_trip_s + ROUND_TRIP_WEIGHT * (sample_s - self.round_trip_s)

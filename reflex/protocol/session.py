@@ -558,6 +558,26 @@ class Session:
         """The running mean of measured round trips; 0.0 until one was measured."""
         return self._liveness.round_trip_s
 
+    @property
+    def round_trip_is_measured(self) -> bool:
+        """Whether a round trip was measured; a near peer's may be 0.0 by a clock of milliseconds."""
+        return self._liveness.is_measured
+
+    @property
+    def heard_s(self) -> float:
+        """When something last came from the peer, in the time of ``now_s``."""
+        return self._liveness.received_s
+
+    @property
+    def awaits_pong(self) -> bool:
+        """Whether the last PING is still unanswered."""
+        return self._liveness.awaits_pong
+
+    @property
+    def silence_left_s(self) -> float:
+        """How much longer, from ``now_s`` on, the peer may be silent before it is taken for dead."""
+        return self._liveness.silence_left_s(self.now_s)
+
     def go_away(self, code: Code) -> None:
         """Take no new streams; those that are open go on."""
         if not self._goaway_sent and not self._is_ending:
