@@ -33,7 +33,7 @@ from reflex.net.failures import Failures, source_of
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening
-from reflex.net.options import is_loopback, set_options
+from reflex.net.options import is_loopback, set_unpaced
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling, DialQueue, TargetRelay
@@ -210,7 +210,7 @@ class Inbound:
         try:
             host, port = sock.getpeername()[:2]
             if is_loopback(host):
-                set_options(sock, nodelay=False, keepalive_s=0, on_loopback=True)
+                set_unpaced(sock)
         except OSError:
             sock.close()  # it left before it was looked at
             return

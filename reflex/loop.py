@@ -206,6 +206,12 @@ class DirectLoop(asyncio.SelectorEventLoop):
         direct = self._direct
         return direct.remove(_descriptor(fd), direct.readers, direct.writers) or super().remove_reader(fd)
 
+    def forget_reader(self, fd: int) -> None:
+        """As :meth:`remove_reader`, for a socket that is closed next: the kernel forgets it then by itself."""
+        self._direct.readers[fd] = None
+        if self._direct.writers[fd] is not None:
+            self._direct.epoll.modify(fd, _OUT)
+
     def add_writer(self, fd: Any, callback: Callable[[*_Ts], Any], *args: *_Ts) -> None:
         """As of every loop; the callback is called from the selector."""
         direct = self._direct

@@ -125,7 +125,11 @@ class Outbound:
                         self._loop, listen.address.host, listen.address.port, on_accept, self._on_accept_pause
                     )
                 self._listeners.append(listener)
-                listener.set_options(nodelay=self._settings.tcp.nodelay, keepalive_s=self._settings.tcp.keepalive_s)
+                listener.set_options(
+                    nodelay=self._settings.tcp.nodelay,
+                    keepalive_s=self._settings.tcp.keepalive_s,
+                    reset_on_close=listen.target is not None,  # a forward is a stream from the start
+                )
         except StartError:
             self._stop_listening()
             raise

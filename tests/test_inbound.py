@@ -345,7 +345,7 @@ async def test_who_left_before_it_was_looked_at_is_not_kept(monkeypatch: pytest.
         def gone(*_: object, **__: object) -> None:
             raise OSError("it is gone")
 
-        monkeypatch.setattr(inbound_module, "set_options", gone)
+        monkeypatch.setattr(inbound_module, "set_unpaced", gone)
         with await connect(port) as end:
             await end.expect_fin()
         assert not inbound._greetings

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from reflex.net import options
-from reflex.net.options import KEEPALIVE_INTERVAL_S, PLAIN_CONTROL, is_loopback, set_options
+from reflex.net.options import KEEPALIVE_INTERVAL_S, PLAIN_CONTROL, is_loopback, set_options, set_unpaced
 
 ONLY_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what Linux does")
 
@@ -61,6 +61,7 @@ def test_what_is_not(host: str) -> None:
 @pytest.mark.usefixtures("pacing_system")
 def test_on_loopback_nothing_is_paced_and_nobody_is_probed(sock: socket.socket) -> None:
     set_options(sock, nodelay=True, keepalive_s=600, on_loopback=True)
+    set_unpaced(sock)
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert control_of(sock) == PLAIN_CONTROL
     assert not keepalive_of(sock)
@@ -87,5 +88,6 @@ def test_a_default_that_does_not_pace_stays(default: bytes, monkeypatch: pytest.
 
 def test_a_system_without_the_option_is_left_as_it_is(sock: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "_CONGESTION", None)
-    set_options(sock, nodelay=True, keepalive_s=600, on_loopback=True)
-    assert not keepalive_of(sock)
+    before = control_of(sock)
+    set_unpaced(sock)
+    assert control_of(sock) == before

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import re
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from reflex.config import (
 from reflex.errors import StartError
 from reflex.net import server as server_module
 from reflex.net import tunnel as tunnel_module
+from reflex.net.doors import Visitor
 from reflex.net.listener import open_listening
 from reflex.outbound import Outbound, cipher_suite
 from reflex.protocol.socks5 import METHOD_NONE, METHOD_PASSWORD, METHOD_REFUSED, VERSION
@@ -760,3 +763,22 @@ async def test_when_memory_is_nearly_used_up_local_connections_are_refused_and_r
     lines = [line for line in caplog.messages if "local connections are refused: " in line]
     assert len(lines) == 1
     assert caplog.messages.count("enough bytes were read by now: nothing is refused any more") == 1
+
+
+@in_loop
+async def test_streams_are_reset_by_the_kernel_should_the_process_be_killed() -> None:
+    """Their sockets are set so from the start: a process that is killed has no time for it."""
+
+    def on_close(visitor: Visitor) -> tuple[int, ...]:
+        return struct.unpack("ii", visitor._sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+
+    with Origin() as origin:
+        async with Pair(listen=[ListenSettings(address=EPHEMERAL), forward_to(origin.port)]) as pair:
+            with await pair.connect(1) as near:
+                await until(lambda: any(visitor.has_stream for visitor in pair.outbound._visitors))
+                assert [on_close(visitor) for visitor in pair.outbound._visitors] == [(1, 0)]
+                near.reset()
+            await until(lambda: not pair.outbound._visitors)
+            end = await pair.socks(origin.port)
+            assert [on_close(visitor) for visitor in pair.outbound._visitors] == [(1, 0)]
+            end.reset()

@@ -44,6 +44,7 @@ class Relayed:
 
     def __init__(self, rig: Rig, stream: Stream, theirs: Stream, *, buffer_bytes: int = 0) -> None:
         near, far = tcp_pair(buffer_bytes=buffer_bytes)
+        set_reset_on_close(far)
         self.local = End(near)
         self.theirs = theirs
         self.ends: list[Relay] = []
@@ -277,6 +278,7 @@ async def joined_bytes(rig: Rig, joined: Relayed) -> None:
 async def test_a_refusal_ends_a_relay_with_a_reset(pools: Pools) -> None:
     async with Rig(pools, is_client=True) as rig:
         near, far = tcp_pair()
+        set_reset_on_close(far)
         ends: list[Relay] = []
         stream = rig.session.open(TARGET)
         relay = Relay(
@@ -708,20 +710,3 @@ async def test_a_hang_up_that_is_a_clean_end_is_left_to_be_read(pools: Pools) ->
         assert not joined.relay.ended
         joined.local.close()
         assert joined.relay.fd >= 0
-
-
-@in_loop
-async def test_a_local_socket_is_set_to_be_reset_should_the_process_be_killed(pools: Pools) -> None:
-    async with Rig(pools) as rig:
-        joined = await relayed(rig)
-        sock = joined.relay._sock
-        assert sock is not None
-        copy = sock.dup()
-        assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER)
-        # As the kernel does it for a process that is gone: every descriptor is closed, and nothing else.
-        joined.relay._pause()
-        copy.close()
-        sock.close()
-        await joined.local.expect_reset()
-        rig.session.reset(joined.relay.stream, Code.CANCELLED)
-        joined.relay.ended = True

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from reflex.net import dial as dial_module
+from reflex.net import options as options_module
 from reflex.net import target as target_module
-from reflex.net.relay import Relay
+from reflex.net.options import PLAIN_CONTROL
+from reflex.net.relay import BULK_BYTES, Relay
 from reflex.net.target import DIALS_PER_TURN, Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
@@ -408,3 +410,26 @@ async def test_a_relay_that_has_ended_does_not_dial(pools: Pools) -> None:
             made.relay.end(reset=True)
             made.relay.dial()
             assert made.relay._attempt is None
+
+
+@in_loop
+async def test_bulk_data_for_a_target_of_this_machine_is_not_paced(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options_module, "_is_paced", lambda: True)
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await dialled(rig, origin.address)
+            target = await origin.accept()
+            sock = made.relay._sock
+            assert sock is not None
+
+            def control() -> bytes:
+                return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+            before = control()
+            for size, expected in ((BULK_BYTES - 1, before), (BULK_BYTES, PLAIN_CONTROL)):
+                rig.remote.session.send(made.theirs, bytes(size))
+                await rig.remote.flush()
+                await target.receive(size)
+                assert control() == expected

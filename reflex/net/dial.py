@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 import aiohappyeyeballs
 
 from reflex.errors import DialError
-from reflex.net.options import RESET_ON_CLOSE, is_loopback, set_options
+from reflex.net.options import RESET_ON_CLOSE, is_loopback, set_options, set_unpaced
 from reflex.net.resolver import AddrInfo, checked, failure
 from reflex.net.targets import NameVerdict, TargetPolicy
 from reflex.protocol.address import Address
@@ -122,6 +122,8 @@ async def dial(
     try:
         on_loopback = is_loopback(sock.getpeername()[0])
         set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=on_loopback)
+        if on_loopback:
+            set_unpaced(sock)
     except OSError as error:
         sock.close()
         raise DialError(status_of(error), f"{address}: {_reason(error)}") from error

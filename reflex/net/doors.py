@@ -131,6 +131,8 @@ class Visitor:
         stream = tunnel.session.open(self._target)
         tunnel.flush_soon()
         door.counters.streams_opened += 1
+        if door.target is None or self._attempts > 1:
+            set_reset_on_close(self._sock)  # a forward's is from the start; until the last try has failed
         self._relay = DoorRelay(door, self, tunnel, stream, self._sock)
         if tunnel.vigil is not None:
             tunnel.vigil.called()

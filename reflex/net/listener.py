@@ -16,12 +16,11 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final, Literal
 
 from reflex.errors import StartError
 from reflex.net.dial import OUT_OF_RESOURCES
-from reflex.net.options import is_loopback, set_options
+from reflex.net.options import RESET_ON_CLOSE, is_loopback, set_options, set_unpaced
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +127,27 @@ class Listener:
             self._options(sock)
         return sock
 
-    def set_options(self, *, nodelay: bool, keepalive_s: int) -> None:
-        """Set :func:`reflex.net.options.set_options` for every connection: on Linux, once and for all."""
+    def set_options(self, *, nodelay: bool, keepalive_s: int, reset_on_close: bool = False) -> None:
+        """Set options for every connection: on Linux, once and for all.
+
+        Args:
+            nodelay: see :func:`reflex.net.options.set_options`.
+            keepalive_s: the same.
+            reset_on_close: ``close()``, and the end of a process that is killed, send RST.
+        """
         on_loopback = _is_loopback(self._sock)
-        options = partial(set_options, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=on_loopback)
+
+        def set_all(sock: socket.socket) -> None:
+            set_options(sock, nodelay=nodelay, keepalive_s=keepalive_s, on_loopback=on_loopback)
+            if on_loopback:
+                set_unpaced(sock)
+            if reset_on_close:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
         if sys.platform.startswith("linux"):
-            options(self._sock)  # who is accepted has them from its start (tcp(7))
+            set_all(self._sock)  # who is accepted has them from its start (tcp(7))
         else:
-            self._options = options
+            self._options = set_all
 
     def _go_on(self) -> None:
         self._pause_timer = None

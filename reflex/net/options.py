@@ -35,17 +35,14 @@ def set_options(sock: socket.socket, *, nodelay: bool, keepalive_s: int, on_loop
         sock: a TCP socket, connected, listening or neither.
         nodelay: True to send small segments at once (TCP_NODELAY).
         keepalive_s: silence before the system probes the other end; 0 for no probes.
-        on_loopback: whether the other end is this machine.
+        on_loopback: whether the other end is this machine; nobody is probed then.
 
     Raises:
         OSError: the system refuses.
     """
     if nodelay:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if on_loopback:
-        if _CONGESTION is not None and _is_paced():
-            sock.setsockopt(socket.IPPROTO_TCP, _CONGESTION, PLAIN_CONTROL)
-    elif keepalive_s > 0:
+    if keepalive_s > 0 and not on_loopback:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             ("TCP_KEEPIDLE", keepalive_s),
@@ -54,6 +51,16 @@ def set_options(sock: socket.socket, *, nodelay: bool, keepalive_s: int, on_loop
             option = getattr(socket, name, None)  # not every platform has them
             if option is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def set_unpaced(sock: socket.socket) -> None:
+    """Send without pacing from now on; for a connection whose other end is this machine.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if _CONGESTION is not None and _is_paced():
+        sock.setsockopt(socket.IPPROTO_TCP, _CONGESTION, PLAIN_CONTROL)
 
 
 @functools.cache

@@ -17,12 +17,13 @@ import asyncio
 import contextlib
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
-from reflex.net.options import RESET_ON_CLOSE
+from reflex.net.options import RESET_ON_CLOSE, set_unpaced
 from reflex.net.tunnel import SHARED_READ_BYTES, Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
@@ -32,6 +33,8 @@ FIRST_READ_BYTES: Final = 4_096  # a fresh or idle stream: its first bytes are n
 READ_GROWTH: Final = 4  # a read that filled its room: the next may be so much larger
 MAX_READ_BYTES: Final = MAX_PAYLOAD_SIZE
 SENDS_PER_TURN: Final = 8
+BULK_BYTES: Final = 16_384  # a piece of this size is bulk data
+NEVER: Final = sys.maxsize
 
 _FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 
@@ -44,7 +47,8 @@ class Relay:
         stream: becomes this relay's (``stream.owner``).
         buffers: where what the socket does not take is kept.
         on_end: called once, when the relay has ended and its socket is closed.
-        sock: connected and non-blocking; None where :meth:`connected` will bring it.
+        sock: connected and non-blocking, set to RST on close, since a process that is killed has no time to
+            say so; None where :meth:`connected` will bring it.
     """
 
     __slots__ = (
@@ -61,6 +65,7 @@ class Relay:
         "_read_ended",
         "_read_size",
         "_sock",
+        "_unpace_from",
         "_wants_to_read",
         "ended",
         "last_tick",
@@ -95,11 +100,10 @@ class Relay:
         self._local_done = False  # the peer's FIN was passed on to the socket
         self._fin_is_due = False  # it waits for the backlog
         self._backlog: Backlog | None = None  # None, and no memory, where nothing ever had to wait
+        self._unpace_from = NEVER  # the size of a piece of bulk data, where pacing is of no use
         self.ended = False
         self.last_tick = tunnel.tick
         stream.owner = self
-        if sock is not None:
-            set_reset_on_close(sock)  # from now on: a process that is killed has no time for it
 
     def connected(self, sock: socket.socket) -> None:
         """The local socket is there, set to RST on close: deliver what has arrived, and start reading."""
@@ -193,6 +197,8 @@ class Relay:
         tunnel = self.tunnel
         self.last_tick = tunnel.tick
         size = len(data)
+        if size >= self._unpace_from:
+            self._unpace()
         self._counters.bytes_out_of_tunnels += size
         if self.ended:
             tunnel.session.consumed(self.stream, size)
@@ -219,6 +225,13 @@ class Relay:
         if not backlog.keep(data[sent:] if sent else data):
             tunnel.session.consumed(self.stream, size - sent - (backlog.size_bytes - waiting))
             self.on_memory_used_up()
+
+    def _unpace(self) -> None:
+        """The first large piece for a socket of this machine: from now on it is worth a system call."""
+        self._unpace_from = NEVER
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                set_unpaced(self._sock)
 
     def _write_again(self) -> None:
         if not self._is_writing:
@@ -367,7 +380,9 @@ class Relay:
         if tunnel.last_talker is self:
             tunnel.last_talker = None
         if self._sock is not None:
-            self._pause()
+            if self._is_reading:
+                self._is_reading = False
+                tunnel.drop_reader(self._fd)
             if self._is_writing:
                 self._loop.remove_writer(self._fd)
             if not reset:

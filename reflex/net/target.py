@@ -13,7 +13,8 @@ from typing import Final
 from reflex.errors import DialError
 from reflex.metrics import Counters
 from reflex.net.dial import begin_connect, dial, finish_connect, is_connected
-from reflex.net.relay import Relay, set_reset_on_close
+from reflex.net.options import is_loopback
+from reflex.net.relay import BULK_BYTES, Relay, set_reset_on_close
 from reflex.net.resolver import Resolver
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import Tunnel
@@ -147,6 +148,8 @@ class TargetRelay(Relay):
 
     def _accept(self, sock: socket.socket) -> None:
         self._stop_timer()
+        if self._address is not None and is_loopback(self._address.host):
+            self._unpace_from = BULK_BYTES
         self._address = None
         self.tunnel.session.accept(self.stream)
         self.tunnel.flush_soon()

@@ -124,6 +124,7 @@ class Tunnel:
         "_waiting",
         "close_code",
         "draining",
+        "drop_reader",
         "ended",
         "flush_is_due",
         "idle_since_s",
@@ -155,6 +156,8 @@ class Tunnel:
     ) -> None:
         self._loop = loop
         self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
+        # For a socket that is closed next: stops reading it.
+        self.drop_reader = loop.forget_reader if isinstance(loop, DirectLoop) else loop.remove_reader
         self._sock = sock
         self._fd = sock.fileno()
         self.session = session
