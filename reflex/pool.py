@@ -1,10 +1,11 @@
 """Pools of buffers and of objects: borrow, use, return in ``finally``.
 
 Strategy. A pool lends an object and remembers, by identity, that it did: so a double or a foreign
-return is seen at once, and what is in use is counted exactly. The common way takes no lock: each of
-``list.pop``, ``list.append``, a dict's store and pop is one atomic operation, and a counter is raised
-between two points where the interpreter may switch threads (CPython with its global lock; without it
-a counter may miss some, a buffer is never lent twice all the same). The lock is taken where several
+return is seen at once, and what is in use is counted exactly. Each object has a slot for as long as the
+pool knows it, in which it stands while it is lent; so lending and returning move no memory. The common
+way takes no lock: each of ``list.pop``, ``list.append`` and a dict's look-up is one atomic operation, and a
+counter is raised between two points where the interpreter may switch threads (CPython with its global lock;
+without it a counter may miss some, a buffer is never lent twice all the same). The lock is taken where several
 steps must agree: when an object is made, and when the free list comes near its bound. All other
 figures are derived when somebody asks, which is why statistics are always on.
 
@@ -33,29 +34,17 @@ from reflex.errors import ForeignBuffer, PoolError, WrongSize
 T = TypeVar("T")
 
 TIER_SIZES: Final = (2_048, 8_192, 32_768, 131_072)
-# What each tier may keep free: 2, 2, 8 and 32 MiB, enough for a stream of the largest window whose reader is late.
-TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 256, 131_072: 256}
+# What each tier may keep free: 2, 2, 32 and 32 MiB, enough for a stream of the largest window whose reader is late.
+TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 1_024, 131_072: 256}
 # What is kept of it when nothing was needed for a while (see Pool.trim): 128 KiB, 128 KiB, 256 KiB and 1 MiB.
 TIER_SPARE: Final = {2_048: 64, 8_192: 16, 32_768: 8, 131_072: 8}
 HOLDER_FRAMES: Final = 8  # call frames that the debug switch keeps of a holder
 
+# A slot of an object that is free. Two places more than are needed: a list this long is not moved when it gets
+# and loses a third element.
+_EMPTY_SLOT: Final = (None, None)
+
 _debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
-
-
-class _RecordedLoans(dict[int, T]):
-    """What a pool has lent, with where each object was borrowed: takes the plain dict's place when debugging."""
-
-    def __init__(self, lent: dict[int, T]) -> None:
-        super().__init__(lent)
-        self.holders: dict[int, str] = {}
-
-    def __setitem__(self, key: int, item: T) -> None:
-        super().__setitem__(key, item)
-        self.holders[key] = "".join(traceback.format_stack(limit=HOLDER_FRAMES)[:-2])
-
-    def pop(self, key: int, default: T | None = None) -> T | None:  # type: ignore[override]  # the one form in use
-        self.holders.pop(key, None)
-        return super().pop(key, default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +78,18 @@ class Pool(Generic[T]):
 
     __slots__ = (
         "__weakref__",
+        "_acquired",
         "_created",
         "_free",
         "_high_water",
-        "_lent",
+        "_holders",
         "_lock",
         "_make",
         "_misses",
         "_peak",
         "_released",
         "_roomy_below",
+        "_slots",
         "max_free",
         "name",
     )
@@ -113,7 +104,9 @@ class Pool(Generic[T]):
         self._make = make
         self._lock = Lock()
         self._free: list[T] = [make() for _ in range(preallocate)]
-        self._lent: dict[int, T] = {}
+        self._slots: dict[int, list[T | None]] = {id(item): list(_EMPTY_SLOT) for item in self._free}
+        self._acquired = 0
+        self._holders: dict[int, str] | None = None  # where each was borrowed, when debugging
         self._created = preallocate
         self._misses = 0
         self._released = 0
@@ -131,24 +124,52 @@ class Pool(Generic[T]):
             item = self._free.pop()
         except IndexError:
             item = self._create()
-        lent = self._lent
-        lent[id(item)] = item
-        if len(lent) > self._peak:
+        self._slots[id(item)].append(item)
+        acquired = self._acquired = self._acquired + 1
+        if acquired - self._released > self._peak:
             with self._lock:
-                self._peak = max(self._peak, len(lent))
+                self._peak = max(self._peak, acquired - self._released)
+        if self._holders is not None:
+            self._holders[id(item)] = "".join(traceback.format_stack(limit=HOLDER_FRAMES)[:-1])
         return item
 
     def _create(self) -> T:
         item = self._make()
         with self._lock:
+            self._slots[id(item)] = list(_EMPTY_SLOT)
             self._created += 1
             self._misses += 1
         return item
 
+    def _take_back(self, item: T) -> bool:
+        """Take it out of its slot; False where it was not lent by this pool, or was already returned."""
+        slot = self._slots.get(id(item))
+        if slot is None:
+            return False
+        if slot.pop() is None:
+            slot.append(None)
+            return False
+        self._released += 1
+        if self._holders is not None:
+            self._holders.pop(id(item), None)
+        return True
+
+    def _keep(self, item: T) -> None:
+        """It may be lent again, or goes to the allocator where enough are free."""
+        free = self._free
+        if len(free) < self._roomy_below:
+            free.append(item)
+            return
+        with self._lock:
+            if len(free) < self.max_free:
+                free.append(item)
+            else:
+                del self._slots[id(item)]
+
     @property
     def in_use(self) -> int:
         """How many objects are lent now."""
-        return len(self._lent)
+        return self._acquired - self._released
 
     def trim(self, spare: int = 0) -> int:
         """Give to the allocator what has not been needed since the last trim, but for ``spare`` objects.
@@ -159,18 +180,21 @@ class Pool(Generic[T]):
             How many objects that were.
         """
         with self._lock:
-            keep = max(self._peak - len(self._lent), spare)
+            keep = max(self._peak - self.in_use, spare)
             surplus = max(len(self._free) - keep, 0)
-            del self._free[:surplus]  # those that were returned first, and are the coldest
+            cold = self._free[:surplus]  # those that were returned first
+            del self._free[:surplus]
+            for item in cold:
+                del self._slots[id(item)]
             self._high_water = max(self._high_water, self._peak)
-            self._peak = len(self._lent)
+            self._peak = self.in_use
         return surplus
 
     def statistics(self) -> PoolStatistics:
         """A snapshot of the pool's figures."""
         with self._lock:
-            in_use = len(self._lent)
-            acquired = self._released + in_use
+            acquired = self._acquired
+            in_use = acquired - self._released
             hits = acquired - self._misses
             return PoolStatistics(
                 acquired=acquired,
@@ -186,13 +210,13 @@ class Pool(Generic[T]):
 
     def record_holders(self) -> None:
         """From now on, remember where each object was borrowed (slow; for finding leaks)."""
-        if not isinstance(self._lent, _RecordedLoans):
-            self._lent = _RecordedLoans(self._lent)
+        if self._holders is None:
+            self._holders = {}
             _debug_pools.add(self)  # type: ignore[arg-type]  # a set of pools of anything
 
     def leaks(self) -> list[str]:
         """Where each object that is lent now was borrowed; empty unless holders are recorded."""
-        return list(self._lent.holders.values()) if isinstance(self._lent, _RecordedLoans) else []
+        return [] if self._holders is None else list(self._holders.values())
 
 
 class BufferPool(Pool[memoryview]):
@@ -227,7 +251,11 @@ class BufferPool(Pool[memoryview]):
             ForeignBuffer: it was not lent by this pool, or was already returned.
             In both cases the pool is as it was.
         """
-        if self._lent.pop(id(buffer), None) is None:
+        # _take_back and _keep, without the calls: this is asked for every record.
+        slot = self._slots.get(id(buffer))
+        if slot is None or (lent := slot.pop()) is None:
+            if slot is not None:
+                slot.append(None)
             size_bytes = len(buffer)
             if size_bytes != self.size_bytes:
                 raise WrongSize(self.name, size_bytes, self.size_bytes)
@@ -235,13 +263,13 @@ class BufferPool(Pool[memoryview]):
         if used_bytes != 0:
             buffer[:used_bytes] = self._zeros[:used_bytes]
         self._released += 1
+        if self._holders is not None:
+            self._holders.pop(id(buffer), None)
         free = self._free
         if len(free) < self._roomy_below:
-            free.append(buffer)
+            free.append(lent)
         else:
-            with self._lock:
-                if len(free) < self.max_free:
-                    free.append(buffer)
+            self._keep(lent)
 
 
 class ObjectPool(Pool[T]):
@@ -274,17 +302,10 @@ class ObjectPool(Pool[T]):
         Raises:
             ForeignBuffer: it was not lent by this pool, or was already returned. The pool is as it was.
         """
-        if self._lent.pop(id(item), None) is None:
+        if not self._take_back(item):
             raise ForeignBuffer(self.name)
         self._reset(item)
-        self._released += 1
-        free = self._free
-        if len(free) < self._roomy_below:
-            free.append(item)
-        else:
-            with self._lock:
-                if len(free) < self.max_free:
-                    free.append(item)
+        self._keep(item)
 
 
 class TieredPool:
@@ -295,7 +316,7 @@ class TieredPool:
             which is what a benchmark compares with.
     """
 
-    __slots__ = ("_acquire", "_by_size", "_tiers", "_unpooled", "unpooled_created")
+    __slots__ = ("_acquire", "_by_size", "_release", "_tiers", "_unpooled", "unpooled_created")
 
     def __init__(self, max_free: dict[int, int] | int | None = None) -> None:
         if max_free is None:
@@ -305,6 +326,7 @@ class TieredPool:
         self._by_size = {pool.size_bytes: pool for pool in self._tiers}
         # Looked at for every buffer: the tiers' sizes and their bound methods, in order.
         self._acquire = tuple((pool.size_bytes, pool.acquire) for pool in self._tiers)
+        self._release = {pool.size_bytes: pool.release for pool in self._tiers}
         self._unpooled: dict[int, memoryview] = {}
         self.unpooled_created = 0
 
@@ -320,9 +342,9 @@ class TieredPool:
 
     def release(self, buffer: memoryview, used_bytes: int | None = None) -> None:
         """Take a buffer back into the tier that it came from; see :meth:`BufferPool.release`."""
-        pool = self._by_size.get(len(buffer))
-        if pool is not None:
-            pool.release(buffer, used_bytes)
+        release = self._release.get(len(buffer))
+        if release is not None:
+            release(buffer, used_bytes)
         elif self._unpooled.pop(id(buffer), None) is None:
             raise ForeignBuffer("tiered pool")
 

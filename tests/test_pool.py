@@ -603,7 +603,7 @@ def recording() -> Iterator[BufferPool]:
     pool = BufferPool(SIZE, 4, name="recording pool")
     pool.record_holders()
     yield pool
-    for buffer in list(pool._lent.values()):
+    for buffer in [item for slot in pool._slots.values() for item in slot if item is not None]:
         pool.release(buffer)
 
 

@@ -134,7 +134,7 @@ def test_every_seal_of_the_vectors_is_made_and_opened_or_refused_as_they_say(sui
 def record_cipher(suite: Suite, aead: Any, nonce: bytes, *, n: int) -> CipherState:
     """A direction's cipher with a given key, whose first body has this nonce; n = 1: its length has come."""
     cipher = CipherState(suite, bytes(KEY_SIZE))
-    cipher._aead = aead
+    cipher._encrypt_into, cipher._decrypt, cipher._decrypt_into = aead.encrypt_into, aead.decrypt, aead.decrypt_into
     cipher._iv = int.from_bytes(nonce) ^ 1
     cipher._n = n
     return cipher

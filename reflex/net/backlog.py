@@ -19,12 +19,13 @@ _FILLED_PART: Final = 4  # a buffer is taken where all but so small a part of it
 class _Piece:
     """One buffer, and the part of it that waits."""
 
-    __slots__ = ("buffer", "end", "start")
+    __slots__ = ("buffer", "end", "next", "start")
 
     def __init__(self, buffer: memoryview, end: int) -> None:
         self.buffer = buffer
         self.start = 0
         self.end = end
+        self.next: _Piece | None = None  # a chain: however long, it never has to be moved
 
 
 class Backlog:
@@ -40,7 +41,7 @@ class Backlog:
         kept_bytes: how much memory is reserved.
     """
 
-    __slots__ = ("_buffers", "_on_shed", "_pieces", "_share", "kept_bytes", "moved_at", "size_bytes")
+    __slots__ = ("_buffers", "_first", "_last", "_on_shed", "_share", "kept_bytes", "moved_at", "size_bytes")
 
     def __init__(
         self, buffers: TieredPool, share: Share | None = None, on_shed: Callable[[], None] | None = None
@@ -50,14 +51,15 @@ class Backlog:
         self._on_shed = on_shed
         self.kept_bytes = 0
         self.moved_at = 0
-        self._pieces: list[_Piece] = []
+        self._first: _Piece | None = None
+        self._last: _Piece | None = None
         self.size_bytes = 0
 
     def keep(self, data: memoryview) -> bool:
         """Copy ``data``, 1 byte or more, behind what waits. False where there is no room: only a part was copied."""
         rest = data
-        if self._pieces:
-            last = self._pieces[-1]
+        last = self._last
+        if last is not None:
             size = min(len(last.buffer) - last.end, len(rest))
             last.buffer[last.end : last.end + size] = rest[:size]
             last.end += size
@@ -71,7 +73,12 @@ class Backlog:
             buffer = self._buffers.acquire(wanted)
             size = min(wanted, len(rest))
             buffer[:size] = rest[:size]
-            self._pieces.append(_Piece(buffer, size))
+            piece = _Piece(buffer, size)
+            if self._last is None:
+                self._first = piece
+            else:
+                self._last.next = piece
+            self._last = piece
             self.size_bytes += size
             rest = rest[size:]
         return True
@@ -84,18 +91,21 @@ class Backlog:
 
     def first(self) -> memoryview:
         """The oldest bytes, in one piece; valid until the next call. Empty where nothing waits."""
-        if not self._pieces:
+        piece = self._first
+        if piece is None:
             return _NOTHING
-        piece = self._pieces[0]
         return piece.buffer[piece.start : piece.end]
 
     def taken(self, size_bytes: int) -> None:
         """The first ``size_bytes`` of :meth:`first` were taken."""
         self.size_bytes -= size_bytes
-        piece = self._pieces[0]
+        piece = self._first
+        assert piece is not None  # noqa: S101  # for the type checker: something was taken
         piece.start += size_bytes
         if piece.start == piece.end:
-            del self._pieces[0]
+            self._first = piece.next
+            if self._first is None:
+                self._last = None
             self._release(piece)
 
     def _release(self, piece: _Piece) -> None:
@@ -105,9 +115,11 @@ class Backlog:
 
     def clear(self) -> int:
         """Give every buffer back; return how many bytes that dropped."""
-        for piece in self._pieces:
+        piece = self._first
+        self._first = self._last = None
+        while piece is not None:
             self._release(piece)
-        self._pieces.clear()
+            piece = piece.next
         dropped, self.size_bytes = self.size_bytes, 0
         return dropped
 

@@ -35,6 +35,9 @@ def next_root(root: bytes) -> bytes:
     return HKDFExpand(SHA256(), KEY_SIZE, NEXT_INFO).derive(root)
 
 
+_pack_length = LENGTH.pack
+
+
 class CipherState(Confidential):
     """Seals, or opens, the records of one direction, in order; moves to the next key by itself.
 
@@ -44,7 +47,7 @@ class CipherState(Confidential):
         records_per_key: the contract's number; another only to check the mechanism against vectors.
     """
 
-    __slots__ = ("_aead", "_iv", "_n", "_n_limit", "_root", "_suite")
+    __slots__ = ("_decrypt", "_decrypt_into", "_encrypt_into", "_iv", "_n", "_n_limit", "_root", "_suite")
 
     def __init__(self, suite: Suite, root: bytes, *, records_per_key: int = RECORDS_PER_KEY) -> None:
         self._suite = suite
@@ -54,7 +57,10 @@ class CipherState(Confidential):
 
     def _start_key(self) -> None:
         key, iv = traffic_key(self._root, self._suite)
-        self._aead = AESGCM(key) if self._suite == Suite.AES_256_GCM else ChaCha20Poly1305(key)
+        aead = AESGCM(key) if self._suite == Suite.AES_256_GCM else ChaCha20Poly1305(key)
+        self._encrypt_into = aead.encrypt_into  # bound once: each is called for every record
+        self._decrypt = aead.decrypt
+        self._decrypt_into = aead.decrypt_into
         self._iv = int.from_bytes(iv)
         self._n = 0
 
@@ -76,11 +82,12 @@ class CipherState(Confidential):
         iv = self._iv
         size = len(body)
         end = LENGTH_CHUNK_SIZE + size + TAG_SIZE
-        encrypt_into = self._aead.encrypt_into
-        encrypt_into((iv ^ n).to_bytes(NONCE_SIZE), LENGTH.pack(size), None, out[:LENGTH_CHUNK_SIZE])
+        encrypt_into = self._encrypt_into
+        encrypt_into((iv ^ n).to_bytes(NONCE_SIZE), _pack_length(size), None, out[:LENGTH_CHUNK_SIZE])
         encrypt_into((iv ^ (n + 1)).to_bytes(NONCE_SIZE), body, None, out[LENGTH_CHUNK_SIZE:end])
-        self._n = n + 2
-        if self._n >= self._n_limit:
+        n += 2
+        self._n = n
+        if n >= self._n_limit:
             self._next_key()
         return end
 
@@ -91,7 +98,7 @@ class CipherState(Confidential):
             RecordError: it does not verify, or the length is not 1 to MAX_BODY_SIZE.
         """
         try:
-            plain = self._aead.decrypt((self._iv ^ self._n).to_bytes(NONCE_SIZE), chunk, None)
+            plain = self._decrypt((self._iv ^ self._n).to_bytes(NONCE_SIZE), chunk, None)
         except InvalidTag:
             raise RecordError("a record's length does not verify") from None
         self._n += 1
@@ -112,7 +119,7 @@ class CipherState(Confidential):
             RecordError: it does not verify.
         """
         try:
-            self._aead.decrypt_into((self._iv ^ self._n).to_bytes(NONCE_SIZE), chunk, None, out)
+            self._decrypt_into((self._iv ^ self._n).to_bytes(NONCE_SIZE), chunk, None, out)
         except InvalidTag:
             out[:] = bytes(len(out))
             raise RecordError("a record's body does not verify") from None
