@@ -19,6 +19,7 @@ def describe() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory_gib():.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "congestion control": congestion_control(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         **{name: version for name in _PACKAGES if (version := _package_version(name))},
         "date": time.strftime("%Y-%m-%d"),
@@ -29,6 +30,12 @@ def processor_name() -> str:
     """As /proc/cpuinfo has it, or the architecture."""
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return match[1].strip() if match else platform.machine()
+
+
+def congestion_control() -> str:
+    """The system's default for TCP; one that paces (bbr) makes every peer slower on loopback."""
+    path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return path.read_text().strip() if path.exists() else "unknown"
 
 
 def memory_gib() -> float:

@@ -173,7 +173,9 @@ def _comparison_lines(results: Results, names: Sequence[str]) -> Iterator[str]:
         f"{results['rounds']} rounds, {results['seconds']:g} s each, the order rotated; the figures are medians. "
         "Processor time is that of both halves, from `/proc`; memory is PSS. Peers run with their own defaults and "
         "`TCP_NODELAY` where they have a switch; Reflex runs as `reflex init` sets it up, every check, limit and "
-        "counter on, one worker a half.\n"
+        "counter on, one worker a half. Where the system's congestion control paces what is sent (bbr does), Reflex "
+        "asks for the plain one on loopback connections, in this benchmark as everywhere; its peers go with the "
+        "system's.\n"
     )
     yield (
         f"*best* is the best encrypted peer of the row. {SYSTEMS[FLOOR].label.split(',')[0]}, two hops without "
