@@ -7,7 +7,7 @@ from typing import Final
 
 from reflex.pool import TieredPool
 
-TRIM_INTERVAL_S: Final = 10.0  # what a burst has left is gone after two of them
+TRIM_INTERVAL_S: Final = 60.0  # what a burst has left is gone after two of them; what comes every minute stays
 
 
 class Trimmer:
