@@ -188,6 +188,7 @@ class Tunnel:
         self._idle_ticks = max(1, round(idle_timeout_s / self._tick_s))
         self._tick_timer = loop.call_later(self._tick_s, self._on_tick)
         counters.tunnels_opened += 1
+        session.ping()  # the round trip is known before the first window is used up
         loop.add_reader(self._fd, self._on_readable)
         self.flush_soon()
 

@@ -39,7 +39,7 @@ from reflex.protocol.liveness import Liveness
 from reflex.protocol.pools import Pools
 from reflex.protocol.share import Share
 from reflex.protocol.streams import MAY_RECEIVE, MAY_SEND, Stream
-from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
+from reflex.protocol.window import GROWTH_FACTOR, MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
     CODE,
     DEFAULT_MAX_STREAMS,
@@ -528,8 +528,9 @@ class Session:
     def _update_stream_window(self, stream: Stream) -> None:
         window = stream.receive_window
         liveness = self._liveness
-        growth = min(window.size, MAX_STREAM_RECEIVE_WINDOW - window.size)
-        if growth and window.wants_growth(self.now_s, liveness.round_trip_s) and self._budget.take_growth(growth):
+        budget = self._budget
+        growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
+        if growth > 0 and window.wants_growth(self.now_s, liveness.round_trip_s) and self._budget.take_growth(growth):
             window.grow(growth)
             stream.grown_bytes += growth
             # The session's window grows along, or it would be the limit instead.

@@ -2,7 +2,7 @@
 
 Two windows for each stream and each session: what may still be sent, and what the peer may still
 send. The receiving one grows by itself: where the reader empties half a window faster than a round
-trip or two can refill it, the window and not the network is the limit, and it doubles, up to a bound
+trip or two can refill it, the window and not the network is the limit, and it grows, up to a bound
 for the stream and a budget for all of the process.
 """
 
@@ -26,6 +26,8 @@ NEARLY_FULL_PERCENT: Final = 95
 MAX_UPDATE_BYTES: Final = 1024 * 1024
 # Half a window emptied within this many round trips: the reader waits for credit, not for the network.
 GROWTH_ROUND_TRIPS: Final = 2.0
+# Each growth takes a round trip to have an effect; three of them lead from the first window to the largest.
+GROWTH_FACTOR: Final = 4
 
 
 class Budget:
@@ -59,6 +61,11 @@ class Budget:
     def is_nearly_full(self) -> bool:
         """Whether no new streams should be taken."""
         return 100 * self.kept >= NEARLY_FULL_PERCENT * self.buffered_limit
+
+    @property
+    def growth_left(self) -> int:
+        """How much windows may still grow."""
+        return self.growth_limit - self.growth
 
     def take_growth(self, size_bytes: int) -> bool:
         """Reserve window growth; False, and nothing reserved, where the budget does not hold it."""
