@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import socket
@@ -782,3 +783,35 @@ async def test_streams_are_reset_by_the_kernel_should_the_process_be_killed() ->
             end = await pair.socks(origin.port)
             assert [on_close(visitor) for visitor in pair.outbound._visitors] == [(1, 0)]
             end.reset()
+
+
+@in_loop
+async def test_a_connection_that_has_ended_leaves_nothing_to_the_collector() -> None:
+    """What is freed by its reference counts is free at once; a collection would look at every live connection."""
+    with Origin() as origin:
+        async with Pair(listen=[forward_to(origin.port)]) as pair:
+
+            async def once() -> None:
+                with await pair.connect() as near:
+                    await near.send(b"there")
+                    far = await origin.accept()
+                    assert await far.receive(5) == b"there"
+                    far.finish()
+                    await near.expect_fin()
+                    near.finish()
+                    await far.expect_fin()
+                await until(lambda: not pair.outbound._visitors and not pair.inbound._relays)
+
+            await once()
+            gc.collect()
+            gc.disable()
+            try:
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                await once()
+                gc.collect()
+                left = {type(each).__name__ for each in gc.garbage}
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+    assert not left & {"Stream", "TargetRelay", "DoorRelay", "Visitor", "socket"}

@@ -214,6 +214,7 @@ class Visitor:
     def _finish(self) -> None:
         if not self.ended:
             self.ended = True
+            self._relay = None  # no cycle is left, so that nobody has to collect this
             self._door.on_end(self)
 
 
@@ -283,6 +284,7 @@ class DoorRelay(Relay):
             set_fin_on_close(self._sock)
         if self.tunnel.last_talker is self:
             self.tunnel.last_talker = None
+        self.stream.owner = None
 
     @staticmethod
     def _on_relay_end(relay: Relay) -> None:

@@ -394,6 +394,8 @@ class Relay:
             tunnel.session.consumed(self.stream, dropped)
             if not tunnel.ended and tunnel.session.unsent_bytes:
                 tunnel.flush_soon()
+        if self.stream.is_closed:
+            self.stream.owner = None  # no cycle is left, so that nobody has to collect this
         self._on_end(self)
 
 
