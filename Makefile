@@ -2,7 +2,7 @@
 #
 #   make demo                        the pair on loopback, data moved and verified, a short table
 #   make test                        every check
-#   make test PYTEST_ARGS="-n 2"     the same, tests on two processes
+#   make test PYTEST_ARGS="-n 0"     the same, tests one after the other in one process
 #   make soak                        the long tests, two hours; REFLEX_SOAK_S=300 shortens the longest
 #   make bench                       beside the peers that are installed; writes docs/benchmarks.md (an hour)
 #   make bench-quick                 ours alone, under two minutes; for before and after a change:
@@ -12,8 +12,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := reflex tests bench
@@ -40,7 +42,7 @@ test: lint ## every check: lint, layers, types, tests, coverage
 
 # The guided fuzzer runs where it is installed: `.venv/bin/pip install -e '.[fuzz]'`.
 fuzz: $(VENV)/.dev-installed ## state machines with 100,000 steps, random input for every parser; minutes
-	$(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py $(FUZZ_ARGS)
 
 lint: $(VENV)/.dev-installed ## ruff, mypy --strict and the layer check
 	$(BIN)/ruff check $(SOURCES)
@@ -53,7 +55,7 @@ cover: $(VENV)/.dev-installed ## the tests alone, with a browsable report in htm
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-report=html $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev-installed ## the long tests: chaos, floods, probes
-	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(SOAK_ARGS)
 
 clean: ## remove the virtual environment and everything that was generated
 	rm -rf $(VENV) *.egg-info build dist htmlcov .coverage .coverage.* \

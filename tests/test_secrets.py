@@ -89,15 +89,16 @@ def windows_of(whole: Windows, size: int) -> set[Windows]:
     return {whole[at : at + size] for at in range(len(whole) - size + 1)}
 
 
-def window_of(form: str) -> int:
-    """So many characters of this form are a leak."""
-    return 2 * WINDOW_CHARACTERS if form in LONG_FORMS else WINDOW_CHARACTERS
+def window_of(form: str, written: str) -> int:
+    """So many characters of this form are a leak; of a short password fewer."""
+    is_long = form in LONG_FORMS and len(written) >= 2 * WINDOW_CHARACTERS
+    return 2 * WINDOW_CHARACTERS if is_long else WINDOW_CHARACTERS
 
 
 @functools.cache
 def parts_of(key: bytes) -> tuple[set[bytes], dict[str, set[str]]]:
     """What is looked for: parts of the bytes, and of each form."""
-    forms = {form: windows_of(written, window_of(form)) for form, written in texts_of(key).items()}
+    forms = {form: windows_of(written, window_of(form, written)) for form, written in texts_of(key).items()}
     assert all(forms.values())
     return windows_of(key, WINDOW_BYTES), forms
 
@@ -112,7 +113,7 @@ def leaks(shown: str | bytes, *keys: bytes) -> list[str]:
         key_bytes, forms = parts_of(key)
         if not shown_bytes.isdisjoint(key_bytes):
             found.add("bytes")
-        found |= {form for form, texts in forms.items() if not shown_texts[window_of(form)].isdisjoint(texts)}
+        found |= {form for form, texts in forms.items() if not shown_texts[len(next(iter(texts)))].isdisjoint(texts)}
     return sorted(found)
 
 

@@ -406,7 +406,8 @@ async def test_answers_that_cannot_be_sent_wait_in_one_record_and_not_in_one_eac
             rig.session.ping()
             rig.tunnel.flush_soon()
             await turns(2)
-        assert rig.session.unsent_bytes == packed + 200 * 16
+        assert rig.session.unsent_bytes <= packed + 200 * 16  # the kernel may have found some more room
+        assert rig.tunnel.is_blocked
         assert pools.buffers.in_use <= lent + 1
         assert await rig.remote.receive(theirs, len(data)) == data
         await until(lambda: not rig.tunnel.is_blocked and not rig.session.unsent_bytes)
