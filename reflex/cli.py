@@ -263,7 +263,7 @@ def _run(
         return EXIT_USAGE
     _print_warnings(settings.warnings)
 
-    from reflex.daemon import run_daemon  # noqa: PLC0415 - uvloop takes its time, and an error needs none of it
+    from reflex.daemon import run_daemon  # noqa: PLC0415 - asyncio takes its time, and an error needs none of it
 
     if settings.workers == 1:
         return run_daemon(lambda: load_class()(settings), name=name, log_level=arguments.log_level)

@@ -76,7 +76,6 @@ WORST_WAIT_S: Final = 2.0
 KEPT_BY_POOLS: Final = sum(size * count for size, count in TIER_MAX_FREE.items())
 ALLOWED_BYTES: Final = KEPT_BY_POOLS + 2 * MAX_UNSENT_BYTES + SESSION_WINDOW + 2 * MAX_RECORD_SIZE + STREAMS * 5 * 1024
 LOG_LINES: Final = 10  # that an attack may cost
-LIBUV_THREADS: Final = 4  # which uvloop starts the first time it needs one
 
 # Names below this take a minute: the daemon's own resolver is put out of the way before it starts.
 SLOW_NAMES: Final = """

@@ -359,16 +359,14 @@ class Session:
         """Count payload that the application now has to consume."""
         stream.receive_window.receive(size_bytes)
         stream.held_bytes += size_bytes
-        budget = self._budget
-        budget.buffered += size_bytes
-        share = self.share
-        if share.kept + budget.buffered + budget.growth <= share.soft_limit:
+        self._budget.buffered += size_bytes
+        if self._has_room_to_hold():
             self._give_session_credit(size_bytes)
         else:
             self._withheld += size_bytes
 
     def _has_room_to_hold(self) -> bool:
-        """As in :meth:`_hold`: whether its owner keeps no more than what the process has left."""
+        """Whether its owner keeps no more than what the process has left; :meth:`events` asks it without a call."""
         budget = self._budget
         return self.share.kept + budget.buffered + budget.growth <= self.share.soft_limit
 
@@ -530,7 +528,7 @@ class Session:
         liveness = self._liveness
         budget = self._budget
         growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
-        if growth > 0 and window.wants_growth(self.now_s, liveness.round_trip_s) and self._budget.take_growth(growth):
+        if growth > 0 and window.wants_growth(self.now_s, liveness.round_trip_s) and budget.take_growth(growth):
             window.grow(growth)
             stream.grown_bytes += growth
             # The session's window grows along, or it would be the limit instead.
