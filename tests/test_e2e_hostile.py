@@ -69,8 +69,8 @@ from tests.sessions import frame, goaway, increment
 
 MIB: Final = 1024 * 1024
 STREAMS: Final = 200  # that a client of this server may have open
-# How long any request of the other user may take while somebody floods the server. It takes 1 ms in peace, 0.2 s in
-# the worst of the floods on a free machine, and 0.7 s on a busy one, measured for coverage; the rest is for slower ones.
+# How long any request of the other user may take while somebody floods the server. It takes 1 ms in peace, 0.2 s
+# in the worst of the floods on a free machine, 0.7 s on a busy one with coverage; the rest is for slower ones.
 WORST_WAIT_S: Final = 5.0
 # What one hostile tunnel may cost at the most: pooled buffers that are kept for the next burst, the answers that it
 # does not read, in plaintext and sealed, what the first windows let in, a record on its way in and opened; and as much
