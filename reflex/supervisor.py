@@ -163,6 +163,7 @@ class Supervisor:
         self._log = log
         self._replay = SavedReplaySet(None) if replay is None else replay
         self._counts = SharedCounts(len(self._slots))
+        self._counts[0] = len(self._replay)
         self._users = UserTable(len(self._slots), limited_users)
         self._tunnel_counts = SharedCounts(len(self._slots))
         self._selector = selectors.DefaultSelector()
