@@ -98,6 +98,10 @@ private_key = "{private_key}"
 # Processes that share the port; one for each processor at most:
 # workers = 1
 
+# Remembers over restarts which clients' hellos were taken, so that a recorded one is refused. Its folder must
+# be writable for the server; a relative path starts at this file's folder.
+replay_file = "replay.sqlite"
+
 # One [[users]] for each user; `reflex keygen user` makes them.
 [[users]]
 name = {user_name}
@@ -278,6 +282,7 @@ def _run(
         name=name,
         log_level=arguments.log_level,
         limited_users=len(settings.limited_users) if isinstance(settings, InboundSettings) else 0,
+        replay_file=settings.replay_file if isinstance(settings, InboundSettings) else None,
     )
 
 

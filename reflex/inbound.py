@@ -44,11 +44,11 @@ from reflex.protocol.address import Address
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
-from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
 from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
+from reflex.saved_replay import SavedReplaySet
 from reflex.worker import UserTable, WorkerContext
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Inbound:
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
         )
-        self._replay = ReplaySet(int(time.time())) if shared is None else shared.replay
+        self._replay = SavedReplaySet(settings.replay_file) if shared is None else shared.replay
         self._dialling = Dialling(
             policy=TargetPolicy(settings.targets.allow, settings.targets.deny),
             timeout_s=settings.limits.dial_timeout_s,
@@ -145,6 +145,7 @@ class Inbound:
                     )
         except StartError:
             self._stop_listening()
+            self._replay.close()
             self._stop_metering()
             if self._usage is not None:
                 await self._usage.close()
@@ -399,6 +400,7 @@ class Inbound:
         for greeting in list(self._greetings):
             if not greeting.is_fallback:
                 greeting.end(reset=False)
+        self._replay.close()
         self._check_all_ended()
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -438,6 +440,7 @@ class Inbound:
             tunnel.cut("stopped")
         for relay in list(self._relays):
             relay.end(reset=True)
+        self._replay.close()
         self._stop_metering()
         if self._usage is not None:
             self._usage.close_now()

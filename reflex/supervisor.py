@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
@@ -45,7 +46,7 @@ from reflex.daemon import (
 )
 from reflex.errors import Replayed, StartError
 from reflex.net.listener import listening_address, open_shared
-from reflex.protocol.replay import ReplaySet
+from reflex.saved_replay import SavedReplaySet
 from reflex.worker import (
     FAILED,
     MESSAGE_MAX_BYTES,
@@ -83,6 +84,7 @@ def run_workers(
     name: str,
     log_level: str,
     limited_users: int = 0,
+    replay_file: Path | None = None,
 ) -> int:
     """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
 
@@ -93,6 +95,7 @@ def run_workers(
         name: the name of the daemon's logger, such as ``reflex.inbound``.
         log_level: debug, info, warning or error.
         limited_users: how many users have limits of their own, which hold for all workers together.
+        replay_file: where the hellos that were taken are saved; None: nowhere.
 
     Returns:
         0 after a drain that SIGINT or SIGTERM asked for, 1 if a worker died meanwhile, 2 if the daemon could not
@@ -106,6 +109,7 @@ def run_workers(
 
     groups: list[list[socket.socket]] = []
     try:
+        replay = SavedReplaySet(replay_file)
         for host, port in listen:
             groups.append(open_shared(host, port, count=workers))
     except StartError as error:
@@ -113,7 +117,7 @@ def run_workers(
             _close_all(group)
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
-    return Supervisor(groups, run_worker, log, limited_users=limited_users).run()
+    return Supervisor(groups, run_worker, log, limited_users=limited_users, replay=replay).run()
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +143,7 @@ class Supervisor:
         groups: for each address its listening sockets, as many as there are to be workers; closed in the end.
         run_worker: what a worker does, in its own process; returns its exit code.
         limited_users: how many users have limits of their own.
+        replay: the hellos that were taken, of all workers; closed in the end.
     """
 
     def __init__(
@@ -148,6 +153,7 @@ class Supervisor:
         log: logging.Logger,
         *,
         limited_users: int = 0,
+        replay: SavedReplaySet | None = None,
     ) -> None:
         self._slots = [
             _Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)
@@ -155,8 +161,9 @@ class Supervisor:
         self._addresses = [listening_address(group[0]) for group in groups]
         self._run_worker = run_worker
         self._log = log
-        self._replay = ReplaySet(int(time.time()))
+        self._replay = SavedReplaySet(None) if replay is None else replay
         self._counts = SharedCounts(len(self._slots))
+        self._counts[0] = len(self._replay)
         self._users = UserTable(len(self._slots), limited_users)
         self._tunnel_counts = SharedCounts(len(self._slots))
         self._selector = selectors.DefaultSelector()
@@ -208,6 +215,7 @@ class Supervisor:
         self._wakeup.close()
         self._wakeup_writer.close()
         self._close_listening()
+        self._replay.close()
 
     def _close_listening(self) -> None:
         for slot in self._slots:

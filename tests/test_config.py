@@ -114,6 +114,7 @@ def test_least_inbound_has_the_defaults(tmp_path: Path) -> None:
     assert loaded.tcp == TcpSettings(nodelay=True, keepalive_s=600)
     assert loaded.workers == 1
     assert loaded.usage_file is None
+    assert loaded.replay_file is None
     assert not user.has_limits
     assert loaded.limited_users == ()
     assert loaded.warnings == ()
@@ -360,14 +361,16 @@ def test_a_monthly_limit_needs_a_file(tmp_path: Path) -> None:
         assert inbound_problem(tmp_path, f"{text}{INBOUND}monthly_bytes = 1").startswith("usage_file: the ")
 
 
-def test_the_usage_files_path_starts_at_the_settings_files_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", ["usage_file", "replay_file"])
+def test_a_files_path_starts_at_the_settings_files_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    path = write(tmp_path, f'usage_file = "var/usage.sqlite"{INBOUND}')
+    path = write(tmp_path, f'{key} = "var/file.sqlite"{INBOUND}')
     monkeypatch.chdir(tmp_path)
-    assert load_inbound(path.name).usage_file == tmp_path / "var" / "usage.sqlite"
-    path = write(tmp_path, f'usage_file = "/var/lib/usage.sqlite"{INBOUND}')
-    assert load_inbound(path).usage_file == Path("/var/lib/usage.sqlite")
+    assert getattr(load_inbound(path.name), key) == tmp_path / "var" / "file.sqlite"
+    path = write(tmp_path, f'{key} = "/var/lib/file.sqlite"{INBOUND}')
+    assert getattr(load_inbound(path), key) == Path("/var/lib/file.sqlite")
+    assert inbound_problem(tmp_path, f'{key} = ""{INBOUND}').startswith(f"{key}: the ")
 
 
 # Files as a whole
@@ -755,6 +758,7 @@ KNOWN_KEYS = [
     "nodelay",
     "keepalive_s",
     "usage_file",
+    "replay_file",
     "max_tunnels",
     "dials_per_s",
     "bytes_per_s",

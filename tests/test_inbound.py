@@ -27,6 +27,7 @@ from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType, Network, Status
+from reflex.saved_replay import SavedReplaySet
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.pair import (
     DEADLINE_S,
@@ -576,7 +577,7 @@ async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog
     counts = SharedCounts(2)
     counts[2] = 1  # another worker has one
     sock = open_listening(HOST, 0)
-    replay: Any = ReplaySet(0)
+    replay: Any = SavedReplaySet(None, clock=float)
     tunnels = SharedCounts(2)
     tunnels[2] = 1  # a tunnel
     shared = WorkerContext(1, [sock], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
@@ -640,7 +641,7 @@ async def test_strangers_at_another_worker_keep_nobody_out_of_this_one() -> None
     keys = Keys.generate()
     counts, tunnels = SharedCounts(2), SharedCounts(2)
     counts[2] = 2  # the other worker is full, of greetings
-    replay: Any = ReplaySet(0)
+    replay: Any = SavedReplaySet(None, clock=float)
     shared = WorkerContext(1, [open_listening(HOST, 0)], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
     inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
     (address,) = await inbound.start()
