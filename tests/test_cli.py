@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import reflex
 from reflex import cli
-from reflex.config import HostPort, InboundSettings, OutboundSettings, load_inbound, load_outbound
-from reflex.config_reader import parse_key
+from reflex.config import HostPort, InboundSettings, OutboundSettings, fresh, load_inbound, load_outbound
+from reflex.config.secret import parse_key
 
 TIMEOUT_S = 30
 MAINS: list[Callable[[Sequence[str]], int]] = [cli.main, cli.inbound_main, cli.outbound_main]
@@ -187,7 +187,7 @@ def test_folder_that_vanishes_up_to_the_root(monkeypatch: pytest.MonkeyPatch) ->
     made: list[Path] = []
     monkeypatch.setattr(Path, "is_dir", lambda _path: False)
     monkeypatch.setattr(Path, "mkdir", lambda path, mode: made.append(path))
-    cli._create_folder(Path("/a/b"))
+    fresh.create_folder(Path("/a/b"))
     assert made == [Path("/"), Path("/a"), Path("/a/b")]
 
 

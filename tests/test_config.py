@@ -26,14 +26,8 @@ from reflex.config import (
     load_outbound,
     load_settings,
 )
-from reflex.config_reader import (
-    MAX_FILE_BYTES,
-    MAX_KEY_FILE_BYTES,
-    MAX_SHOWN_CHARACTERS,
-    describe,
-    may_hold_key,
-    parse_key,
-)
+from reflex.config.reader import MAX_FILE_BYTES, MAX_KEY_FILE_BYTES
+from reflex.config.secret import MAX_SHOWN_CHARACTERS, describe, may_hold_key, parse_key
 from reflex.errors import ConfigError
 
 KEY_A = base64.b64encode(bytes(range(32))).decode()
