@@ -10,13 +10,7 @@ from __future__ import annotations
 
 import os
 
-from reflex.config.inbound import (
-    InboundLimits,
-    InboundSettings,
-    TargetSettings,
-    UserSettings,
-    read_inbound,
-)
+from reflex.config.inbound import InboundLimits, InboundSettings, TargetSettings, UserSettings, read_inbound
 from reflex.config.outbound import (
     ListenSettings,
     OutboundLimits,
