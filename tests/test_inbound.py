@@ -604,7 +604,7 @@ async def test_when_memory_is_nearly_used_up_new_streams_are_reset_and_running_o
     async with Pair() as pair:
         with Origin() as origin:
             near, far = await pair.stream(origin)
-            share = next(iter(pair.inbound._shares.values()))
+            share = next(iter(pair.inbound._users.shares.values()))
             with Hog(share, 94):
                 await pair.stream(origin)
             with Hog(share, 95):

@@ -16,7 +16,7 @@ import pytest
 
 from reflex.config import HostPort, InboundLimits, InboundSettings, PoolSettings
 from reflex.errors import StartError
-from reflex.inbound import METER_INTERVAL_S, METERS_PER_WRITE, Inbound
+from reflex.inbound import Inbound
 from reflex.net.limits import UserLimits
 from reflex.net.listener import open_listening
 from reflex.net.paced import PacedRelay
@@ -26,6 +26,7 @@ from reflex.protocol.replay import ReplaySet
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
 from reflex.usage import WRITE_INTERVAL_S, MonthlyUsage
+from reflex.users import METER_INTERVAL_S, METERS_PER_WRITE
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
 from tests.pair import (
     HOST,
@@ -70,7 +71,7 @@ def limited(
 
 
 def limits_of(inbound: Inbound) -> UserLimits:
-    (user,) = inbound._limited.values()
+    (user,) = inbound._users.limits.values()
     return user
 
 
@@ -105,7 +106,7 @@ async def test_a_user_without_limits_has_nothing_of_this() -> None:
         remote = await raw_client(port, keys)
         with Origin() as origin:
             assert (await opened(remote, origin))[1].kind is EventKind.OPENED
-            assert inbound._limited == {}
+            assert inbound._users.limits == {}
             assert {type(relay) for relay in inbound._relays} == {TargetRelay}
         await leave(remote)
 
@@ -283,8 +284,8 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
     @in_loop
     async def run() -> None:
         async with running_inbound(limited(keys, monthly_bytes=1000, usage_file=path)) as (inbound, port):
-            assert inbound._usage is not None
-            inbound._usage._clock = lambda: now_s
+            assert inbound._users._usage is not None
+            inbound._users._usage._clock = lambda: now_s
             remote = await raw_client(port, keys)
             with Origin() as origin:
                 await opened(remote, origin)
@@ -301,7 +302,7 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
                 for _ in range(2):
                     _, seen = await opened(remote, origin)
                     assert (seen.kind, seen.number) == (EventKind.REFUSED, Status.NOT_ALLOWED)
-                inbound._usage._clock = lambda: now_s + 31 * 86_400
+                inbound._users._usage._clock = lambda: now_s + 31 * 86_400
                 assert (await opened(remote, origin))[1].kind is EventKind.OPENED
             assert limits_of(inbound).counters.streams_limited == 2
             await leave(remote)
@@ -352,9 +353,9 @@ async def test_a_server_that_cannot_keep_what_was_used_does_not_start(tmp_path: 
     inbound = Inbound(settings)
     with pytest.raises(StartError, match="cannot listen"):
         await inbound.start()
-    assert inbound._usage is not None
-    assert inbound._usage._is_closed
-    assert inbound._meter_timer is None
+    assert inbound._users._usage is not None
+    assert inbound._users._usage._is_closed
+    assert inbound._users._meter_timer is None
     busy.close()
 
 
