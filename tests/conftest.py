@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from reflex.protocol.pools import Pools, all_pools
+from tests.loops import LOOPS, LoopFactory, loops_from
 
 IN_CI = os.environ.get("CI", "").lower() == "true"
 SYSTEM_PROGRAMS = "/usr/sbin:/sbin"  # where Debian keeps nginx, outside of a user's PATH
@@ -57,3 +58,11 @@ def require_program(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(params=LOOPS)
+def each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test's coroutine on every kind of loop, for what the daemons' own loop may do otherwise."""
+    factory: LoopFactory = request.param
+    with loops_from(factory):
+        yield

@@ -24,7 +24,9 @@ from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
-from tests.pair import LOOPS, End, Keys, LoopFactory, Origin, in_loop, loops_from, tcp_pair, turns, until
+from tests.ends import End, Origin, tcp_pair
+from tests.handshakes import Keys
+from tests.loops import in_loop, turns, until
 
 TICK_S = 0.001  # of uvloop's clock, and of what is rounded when its times are added up
 SOURCE = b"\x7f\x00\x00\x01"
@@ -32,11 +34,7 @@ TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
 HTTP_REQUEST = b"GET / HTTP/1.1\r\nHost: example.org\r\nUser-Agent: x\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @dataclass

@@ -9,7 +9,6 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -28,38 +27,16 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType, Network, Status
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
-from tests.pair import (
-    DEADLINE_S,
-    HOST,
-    LOOPS,
-    Hog,
-    Keys,
-    LoopFactory,
-    Origin,
-    Pair,
-    Remote,
-    connect,
-    in_loop,
-    inbound_settings,
-    loops_from,
-    port_of,
-    raw_client,
-    refusing_port,
-    running_inbound,
-    silent_port,
-    statistics,
-    turns,
-    until,
-)
+from tests.ends import HOST, Origin, connect, refusing_port, silent_port
+from tests.handshakes import Keys
+from tests.loops import DEADLINE_S, in_loop, turns, until
+from tests.pair import Hog, Pair, inbound_settings, port_of, running_inbound, statistics
+from tests.rig import Remote, raw_client
 
 NO_DRAIN = InboundLimits(drain_s=0.05)
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 def arrived(inbound: Inbound, size: int) -> bool:

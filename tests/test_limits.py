@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import sqlite3
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from reflex.config import HostPort, InboundLimits, InboundSettings, PoolSettings
-from reflex.errors import StartError
+from reflex.config import PoolSettings
 from reflex.inbound import Inbound
 from reflex.net.limits import UserLimits
 from reflex.net.listener import open_listening
@@ -25,49 +20,30 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
-from reflex.usage import WRITE_INTERVAL_S, MonthlyUsage
-from reflex.users import METER_INTERVAL_S, METERS_PER_WRITE
+from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
+from tests.ends import HOST, Origin, socks_request
+from tests.ends import connect as connect_to
+from tests.handshakes import Keys
+from tests.loops import in_loop, until
 from tests.pair import (
-    HOST,
-    LOOPS,
-    Keys,
-    LoopFactory,
-    Origin,
-    Remote,
-    in_loop,
     inbound_settings,
-    loops_from,
+    limited,
     outbound_settings,
     port_of,
-    raw_client,
     running_inbound,
     running_outbound,
     server_settings,
-    socks_request,
     statistics,
-    until,
 )
-from tests.pair import connect as connect_to
+from tests.rig import Remote, raw_client
 from tests.sessions import Seen
+from tests.test_usage import rows
 
 INBOUND_LOG: Final = "reflex.net.limits"
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
-
-
-def limited(
-    keys: Keys, *, usage_file: Path | None = None, dial_timeout_s: float = 10, **limits: Any
-) -> InboundSettings:
-    """Settings of a server whose one user has these limits."""
-    settings = inbound_settings(keys, limits=InboundLimits(dial_timeout_s=dial_timeout_s, max_streams=10))
-    users = (dataclasses.replace(settings.users[0], **limits),)
-    return dataclasses.replace(settings, users=users, usage_file=usage_file)
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 def limits_of(inbound: Inbound) -> UserLimits:
@@ -265,14 +241,6 @@ async def test_only_a_user_with_a_pace_has_relays_that_keep_one(caplog: pytest.L
 # The month
 
 
-def rows(path: Path) -> list[tuple[str, str, int]]:
-    database = sqlite3.connect(path)
-    try:
-        return database.execute("SELECT name, month, bytes FROM usage ORDER BY month").fetchall()
-    finally:
-        database.close()
-
-
 def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,14 +276,10 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
             await leave(remote)
 
     run()
-    assert rows(path) == [("alice", "2026-11", 1000)]
+    assert [row[1:] for row in rows(path)] == [("2026-11", "alice", 1000)]
     assert notes(caplog) == [
         "alice has used up monthly_bytes (1000): its streams are reset, and new ones refused until 2026-12-01 00:00 UTC"
     ]
-
-
-def test_it_is_written_in_the_interval_that_is_documented() -> None:
-    assert METER_INTERVAL_S * METERS_PER_WRITE == WRITE_INTERVAL_S
 
 
 def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
@@ -339,31 +303,7 @@ def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
         inbound.abort()
 
     run()
-    assert [row[2] for row in rows(path)] == [123]
-
-
-@in_loop
-async def test_a_server_that_cannot_keep_what_was_used_does_not_start(tmp_path: Path) -> None:
-    keys = Keys.generate()
-    with pytest.raises(StartError, match="usage_file: cannot open"):
-        await Inbound(limited(keys, monthly_bytes=1, usage_file=tmp_path)).start()
-    busy = open_listening(HOST, 0)
-    settings = limited(keys, monthly_bytes=1, usage_file=tmp_path / "usage.sqlite")
-    settings = dataclasses.replace(settings, listen=(HostPort(HOST, busy.getsockname()[1]),))
-    inbound = Inbound(settings)
-    with pytest.raises(StartError, match="cannot listen"):
-        await inbound.start()
-    assert inbound._users._usage is not None
-    assert inbound._users._usage._is_closed
-    assert inbound._users._meter_timer is None
-    busy.close()
-
-
-@in_loop
-async def test_a_python_without_sqlite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reflex.usage", None)
-    with pytest.raises(StartError, match="usage_file: this Python has no SQLite"):
-        await Inbound(limited(Keys.generate(), monthly_bytes=1, usage_file=tmp_path / "usage.sqlite")).start()
+    assert [row[-1] for row in rows(path)] == [123]
 
 
 # Several workers

@@ -22,7 +22,9 @@ from reflex.net.listener import (
     open_shared,
 )
 from reflex.net.options import PLAIN_CONTROL
-from tests.pair import HOST, End, connect, in_loop, port_of, until
+from tests.ends import HOST, End, connect
+from tests.loops import in_loop, until
+from tests.pair import port_of
 
 
 class Guests:

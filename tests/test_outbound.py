@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -36,43 +36,25 @@ from reflex.outbound import Outbound, cipher_suite
 from reflex.protocol.socks5 import METHOD_NONE, METHOD_PASSWORD, METHOD_REFUSED, VERSION
 from reflex.protocol.wire import Code, Status, Suite
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
+from tests.ends import HOST, REPLY_SIZE, End, Origin, connect, refusing_port, silent_port, socks_head, socks_request
+from tests.handshakes import Keys
+from tests.loops import DEADLINE_S, in_loop, turns, until
 from tests.pair import (
-    DEADLINE_S,
-    HOST,
-    LOOPS,
-    REPLY_SIZE,
-    End,
     Hog,
-    Keys,
-    LoopFactory,
-    Origin,
     Pair,
-    connect,
-    in_loop,
     inbound_settings,
-    loops_from,
     outbound_settings,
     port_of,
-    refusing_port,
     running_inbound,
     running_outbound,
     server_settings,
-    silent_port,
-    socks_head,
-    socks_request,
     statistics,
-    turns,
-    until,
 )
 
 EPHEMERAL = HostPort(HOST, 0)
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
@@ -19,18 +18,16 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType
-from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
+from tests.ends import End, tcp_pair
+from tests.loops import in_loop, turns, until
+from tests.rig import Rig
 from tests.sessions import TARGET
 
 SMALL_BUFFERS = 4_096
 PATTERN = bytes(range(251)) * 5000  # 1.2 MB; no power of two divides its period
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 class Relayed:

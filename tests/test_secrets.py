@@ -35,7 +35,7 @@ from reflex.protocol.keys import CipherState, next_root, traffic_key
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.wire import Suite
-from tests.pair import in_loop
+from tests.loops import in_loop
 from tests.processes import (
     Keys,
     inbound_settings,

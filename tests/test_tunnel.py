@@ -7,7 +7,6 @@ import logging
 import secrets
 import select
 import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
@@ -33,17 +32,15 @@ from reflex.protocol.wire import (
     Setting,
     Status,
 )
-from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
+from tests.ends import End, tcp_pair
+from tests.loops import in_loop, turns, until
+from tests.rig import Rig
 from tests.sessions import CLIENT_TIME_MS, SECRETS, TARGET, TO_TARGET
 
 SMALL_BUFFERS = 4_096
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @pytest.fixture
