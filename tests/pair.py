@@ -38,11 +38,13 @@ from tests.loops import until
 
 LOOPBACK_TARGETS: Final = TargetSettings(allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*")))
 
+EPHEMERAL: Final = HostPort(HOST, 0)
+
 
 def inbound_settings(
     keys: Keys,
     *,
-    listen: Sequence[HostPort] = (HostPort(HOST, 0),),
+    listen: Sequence[HostPort] = (EPHEMERAL,),
     fallback: int | None = None,
     targets: TargetSettings = LOOPBACK_TARGETS,
     limits: InboundLimits | None = None,
@@ -82,7 +84,7 @@ def server_settings(keys: Keys, port: int, *, cipher: str = "auto") -> ServerSet
 def outbound_settings(
     servers: Sequence[ServerSettings],
     *,
-    listen: Sequence[ListenSettings] = (ListenSettings(address=HostPort(HOST, 0)),),
+    listen: Sequence[ListenSettings] = (ListenSettings(address=EPHEMERAL),),
     pool: PoolSettings | None = None,
     limits: OutboundLimits | None = None,
     tcp: TcpSettings | None = None,
@@ -95,6 +97,10 @@ def outbound_settings(
         limits=limits or OutboundLimits(),
         tcp=tcp or TcpSettings(),
     )
+
+
+def forward_to(port: int) -> ListenSettings:
+    return ListenSettings(address=EPHEMERAL, protocol="forward", target=HostPort(HOST, port))
 
 
 def port_of(address: str) -> int:
@@ -150,7 +156,7 @@ class Pair:
         fallback: int | None = None,
         targets: TargetSettings = LOOPBACK_TARGETS,
         inbound_limits: InboundLimits | None = None,
-        listen: Sequence[ListenSettings] = (ListenSettings(address=HostPort(HOST, 0)),),
+        listen: Sequence[ListenSettings] = (ListenSettings(address=EPHEMERAL),),
         pool: PoolSettings | None = None,
         outbound_limits: OutboundLimits | None = None,
         tcp: TcpSettings | None = None,

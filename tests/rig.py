@@ -15,7 +15,7 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
 from reflex.protocol.window import Budget
-from reflex.protocol.wire import SERVER_HELLO_SIZE
+from reflex.protocol.wire import SERVER_HELLO_SIZE, Network
 from tests.ends import End, connect, tcp_pair
 from tests.handshakes import Keys
 from tests.loops import until
@@ -84,6 +84,24 @@ class Remote:
         stream = self.side.open()
         await self.flush()
         return stream
+
+    async def ask(self, address: Address | None) -> tuple[Stream, Seen]:
+        """Open a stream to the address, or for datagrams: it, and how its OPEN was answered."""
+        stream = self.session.open(address, Network.UDP if address is None else Network.TCP)
+        await self.flush()
+        found: list[Seen] = []
+
+        def is_answered() -> bool:
+            found.extend(each for each in self.side.take_seen() if each.stream_id == stream.id)
+            return bool(found)
+
+        await self.read_until(is_answered)
+        return stream, found[0]
+
+    def leave(self) -> None:
+        """Close the connection, and give back what the session holds."""
+        self.end.close()
+        self.session.close_buffers()
 
 
 async def raw_client(port: int, keys: Keys, behind_hello: bytes = b"") -> Remote:

@@ -18,7 +18,6 @@ from reflex.net.paced import PacedRelay
 from reflex.net.target import TargetRelay
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
-from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
 from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
@@ -36,8 +35,7 @@ from tests.pair import (
     server_settings,
     statistics,
 )
-from tests.rig import Remote, raw_client
-from tests.sessions import Seen
+from tests.rig import raw_client
 from tests.test_usage import rows
 
 INBOUND_LOG: Final = "reflex.net.limits"
@@ -51,26 +49,6 @@ def limits_of(inbound: Inbound) -> UserLimits:
     return user
 
 
-async def opened(remote: Remote, origin: Origin) -> tuple[Stream, Seen]:
-    """A stream by hand, and how its OPEN was answered."""
-    stream = remote.session.open(origin.address)
-    await remote.flush()
-    found: list[Seen] = []
-
-    def is_answered() -> bool:
-        found.extend(each for each in remote.side.take_seen() if each.stream_id == stream.id)
-        return bool(found)
-
-    await remote.read_until(is_answered)
-    return stream, found[0]
-
-
-async def leave(*remotes: Remote) -> None:
-    for remote in remotes:
-        remote.end.close()
-        remote.session.close_buffers()
-
-
 def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == INBOUND_LOG]
 
@@ -81,10 +59,10 @@ async def test_a_user_without_limits_has_nothing_of_this() -> None:
     async with running_inbound(inbound_settings(keys)) as (inbound, port):
         remote = await raw_client(port, keys)
         with Origin() as origin:
-            assert (await opened(remote, origin))[1].kind is EventKind.OPENED
+            assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
             assert inbound._users.limits == {}
             assert {type(relay) for relay in inbound._relays} == {TargetRelay}
-        await leave(remote)
+        remote.leave()
 
 
 # Tunnels
@@ -101,17 +79,18 @@ async def test_a_tunnel_too_many_is_closed_with_a_reason_until_one_has_ended(cap
             assert third.session.close_received  # it came with the SETTINGS
             assert not third.session.has_room
             await third.end.expect_fin()
-            await leave(third)
+            third.leave()
         await until(lambda: len(inbound._tunnels) == 2)
         assert limits_of(inbound).counters.tunnels_limited == 2
         assert notes(caplog) == ["alice is over its max_tunnels (2): a tunnel was closed at once"]
-        await leave(first)
+        first.leave()
         await until(lambda: len(inbound._tunnels) == 1)
         again = await raw_client(port, keys)
         assert again.session.has_room
         inbound.report()
         assert statistics(caplog, "reflex.inbound")["counters"]["tunnels_limited"] == 2
-        await leave(second, again)
+        second.leave()
+        again.leave()
 
 
 @in_loop
@@ -144,7 +123,7 @@ async def test_who_left_before_the_answer_takes_no_tunnel() -> None:
         await until(lambda: not inbound._tunnels)
         remote = await raw_client(port, keys)
         assert remote.session.has_room
-        await leave(remote)
+        remote.leave()
 
 
 # Streams
@@ -158,20 +137,20 @@ async def test_streams_of_all_tunnels_count(caplog: pytest.LogCaptureFixture) ->
         one, two = await raw_client(port, keys), await raw_client(port, keys)
         assert one.session._peer_max_streams == 3
         with Origin() as origin:
-            streams = [(await opened(remote, origin))[0] for remote in (one, two, one)]
+            streams = [(await remote.ask(origin.address))[0] for remote in (one, two, one)]
             for _ in range(2):
-                _, seen = await opened(two, origin)
+                _, seen = await two.ask(origin.address)
                 assert (seen.kind, seen.number) == (EventKind.RESET, Code.LIMIT)
             assert limits_of(inbound).counters.streams_limited == 2
             assert notes(caplog) == ["alice is over its max_streams (3): a stream was refused"]
             one.session.reset(streams[0], Code.CANCELLED)
             await one.flush()
             await until(lambda: len(limits_of(inbound).relays) == 2)
-            assert (await opened(two, origin))[1].kind is EventKind.OPENED
-            await leave(one)
+            assert (await two.ask(origin.address))[1].kind is EventKind.OPENED
+            one.leave()
             await until(lambda: len(inbound._tunnels) == 1)
-            assert (await opened(two, origin))[1].kind is EventKind.OPENED
-        await leave(two)
+            assert (await two.ask(origin.address))[1].kind is EventKind.OPENED
+        two.leave()
 
 
 @in_loop
@@ -180,7 +159,7 @@ async def test_the_servers_own_limit_holds_as_well() -> None:
     async with running_inbound(limited(keys, max_streams=3000)) as (_, port):
         remote = await raw_client(port, keys)
         assert remote.session._peer_max_streams == 10
-        await leave(remote)
+        remote.leave()
 
 
 # Dials
@@ -211,7 +190,7 @@ async def test_dials_wait_for_their_turn_and_what_would_wait_too_long_is_refused
                 "alice is over its dials_per_s (5): dials wait",
                 "alice is over its dials_per_s (5): a stream was refused, for it would have waited too long",
             ]
-        await leave(remote)
+        remote.leave()
 
 
 # Bytes
@@ -224,7 +203,7 @@ async def test_only_a_user_with_a_pace_has_relays_that_keep_one(caplog: pytest.L
     async with running_inbound(limited(keys, bytes_per_s=100_000)) as (inbound, port):
         remote = await raw_client(port, keys)
         with Origin() as origin:
-            stream, _ = await opened(remote, origin)
+            stream, _ = await remote.ask(origin.address)
             assert {type(relay) for relay in inbound._relays} == {PacedRelay}
             target = await origin.accept()
             await target.send(bytes(20_000))
@@ -235,7 +214,7 @@ async def test_only_a_user_with_a_pace_has_relays_that_keep_one(caplog: pytest.L
             assert notes(caplog) == ["alice is over its bytes_per_s (100000): its streams are slowed down"]
             inbound.report()
             assert statistics(caplog, "reflex.inbound")["counters"]["bytes_into_tunnels"] == 20_000
-        await leave(remote)
+        remote.leave()
 
 
 # The month
@@ -256,9 +235,9 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
             inbound._users._usage._clock = lambda: now_s
             remote = await raw_client(port, keys)
             with Origin() as origin:
-                await opened(remote, origin)
+                await remote.ask(origin.address)
                 idle_target = await origin.accept()
-                stream, _ = await opened(remote, origin)
+                stream, _ = await remote.ask(origin.address)
                 target = await origin.accept()
                 remote.session.send(stream, bytes(400))
                 await remote.flush()
@@ -268,12 +247,12 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
                 await idle_target.expect_reset()
                 assert not limits_of(inbound).relays
                 for _ in range(2):
-                    _, seen = await opened(remote, origin)
+                    _, seen = await remote.ask(origin.address)
                     assert (seen.kind, seen.number) == (EventKind.REFUSED, Status.NOT_ALLOWED)
                 inbound._users._usage._clock = lambda: now_s + 31 * 86_400
-                assert (await opened(remote, origin))[1].kind is EventKind.OPENED
+                assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
             assert limits_of(inbound).counters.streams_limited == 2
-            await leave(remote)
+            remote.leave()
 
     run()
     assert [row[1:] for row in rows(path)] == [("2026-11", "alice", 1000)]
@@ -292,12 +271,12 @@ def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
         (address,) = await inbound.start()
         remote = await raw_client(port_of(address), keys)
         with Origin() as origin:
-            stream, _ = await opened(remote, origin)
+            stream, _ = await remote.ask(origin.address)
             target = await origin.accept()
             remote.session.send(stream, bytes(123))
             await remote.flush()
             await target.receive(123)
-        await leave(remote)
+        remote.leave()
         await until(lambda: not inbound._tunnels)
         await inbound.drain()
         inbound.abort()
@@ -330,14 +309,15 @@ async def test_what_other_workers_have_counts() -> None:
     assert other.elsewhere(UserField.TUNNELS) == [1]
     other.publish(UserField.STREAMS, 1)
     with Origin() as origin:
-        stream, seen = await opened(remote, origin)
+        stream, seen = await remote.ask(origin.address)
         assert seen.kind is EventKind.OPENED
-        assert (await opened(remote, origin))[1].number == Code.LIMIT
+        assert (await remote.ask(origin.address))[1].number == Code.LIMIT
         assert other.elsewhere(UserField.STREAMS) == [1]
         remote.session.reset(stream, Code.CANCELLED)
         await remote.flush()
         await until(lambda: other.elsewhere(UserField.STREAMS) == [0])
-    await leave(remote, refused)
+    remote.leave()
+    refused.leave()
     await until(lambda: other.elsewhere(UserField.TUNNELS) == [0])
     inbound.abort()
 
