@@ -46,6 +46,14 @@ def pools() -> Pools:
     return Pools()
 
 
+@pytest.fixture(params=LOOPS)
+def each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For a module's ``pytestmark``: its tests run on the daemons' loop and on uvloop's."""
+    factory: LoopFactory = request.param
+    with loops_from(factory):
+        yield
+
+
 def require_program(name: str) -> str:
     """The path of a system program that a test drives.
 
@@ -58,11 +66,3 @@ def require_program(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
-
-
-@pytest.fixture(params=LOOPS)
-def each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run the test's coroutine on every kind of loop, for what the daemons' own loop may do otherwise."""
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield

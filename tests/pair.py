@@ -33,7 +33,7 @@ from reflex.outbound import Outbound
 from reflex.protocol.share import Share
 from reflex.protocol.wire import Status
 from tests.ends import HOST, End, Origin, connect, socks_request
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import until
 
 LOOPBACK_TARGETS: Final = TargetSettings(allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*")))

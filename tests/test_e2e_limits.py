@@ -22,7 +22,7 @@ import pytest
 from bench.local import Process
 from reflex.usage import WRITE_INTERVAL_S
 from tests.conftest import require_program
-from tests.handshakes import Keys as RawKeys
+from tests.keys import Keys as RawKeys
 from tests.loops import in_loop
 from tests.processes import (
     EchoServer,
@@ -38,7 +38,7 @@ from tests.processes import (
     socks_connect,
     start_inbound,
 )
-from tests.rig import Remote, raw_client
+from tests.remote import Remote, raw_client
 from tests.test_supervisor import children, statistics
 
 MIB: Final = 1_048_576

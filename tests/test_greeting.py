@@ -25,7 +25,7 @@ from reflex.protocol.handshake import AcceptedHello, accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from tests.ends import End, Origin, tcp_pair
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 
 TICK_S = 0.001  # of uvloop's clock, and of what is rounded when its times are added up

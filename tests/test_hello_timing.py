@@ -23,7 +23,7 @@ from reflex.protocol import handshake
 from reflex.protocol.handshake import ServerCredentials, accept_hello
 from reflex.protocol.replay import ReplaySet
 from tests.distributions import ks_p_value, quantile
-from tests.handshakes import Keys
+from tests.keys import Keys
 
 NOW_S: Final = 1_900_000_000
 FASTEST: Final = 0.1

@@ -24,10 +24,10 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Code, Status
 from tests.ends import HOST, Origin, connect, refusing_port, silent_port
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import Pair, inbound_settings, port_of, running_inbound, statistics
-from tests.rig import raw_client
+from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 

@@ -14,10 +14,10 @@ from reflex.inbound import Inbound
 from reflex.protocol.events import EventKind
 from reflex.protocol.wire import STREAM_WINDOW, Code
 from tests.ends import Origin, connect
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import DEADLINE_S, in_loop, turns, until
 from tests.pair import inbound_settings, running_inbound, statistics
-from tests.rig import raw_client
+from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 

@@ -16,10 +16,10 @@ from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import FrameType, Status
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.ends import HOST, Origin, connect
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, until
 from tests.pair import Hog, Pair, inbound_settings, port_of, running_inbound, statistics
-from tests.rig import raw_client
+from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 

@@ -23,7 +23,7 @@ from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
 from tests.ends import HOST, Origin, socks_request
 from tests.ends import connect as connect_to
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, until
 from tests.pair import (
     inbound_settings,
@@ -35,7 +35,7 @@ from tests.pair import (
     server_settings,
     statistics,
 )
-from tests.rig import raw_client
+from tests.remote import raw_client
 from tests.test_usage import rows
 
 INBOUND_LOG: Final = "reflex.net.limits"

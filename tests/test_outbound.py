@@ -20,7 +20,7 @@ from reflex.protocol.socks5 import METHOD_NONE, METHOD_PASSWORD, METHOD_REFUSED,
 from reflex.protocol.wire import Status, Suite
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.ends import HOST, REPLY_SIZE, End, Origin, connect, refusing_port, silent_port, socks_head
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import EPHEMERAL, Hog, Pair, forward_to, outbound_settings, port_of, server_settings, statistics
 

@@ -12,7 +12,7 @@ from reflex.config import OutboundLimits
 from reflex.net import server as server_module
 from reflex.protocol.wire import Status
 from tests.ends import Origin, connect, socks_request
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop
 from tests.pair import Pair, inbound_settings, outbound_settings, running_inbound, running_outbound, server_settings
 

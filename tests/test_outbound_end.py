@@ -9,7 +9,7 @@ import pytest
 
 from reflex.config import OutboundLimits
 from tests.ends import Origin, connect, silent_port, socks_head
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import DEADLINE_S, in_loop, until
 from tests.pair import Pair, outbound_settings, running_outbound, server_settings, statistics
 

@@ -16,7 +16,7 @@ from reflex.net import server as server_module
 from reflex.net import tunnel as tunnel_module
 from reflex.protocol.wire import Code, Status
 from tests.ends import HOST, REPLY_SIZE, Origin, connect, refusing_port, silent_port, socks_head, socks_request
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, until
 from tests.pair import (
     EPHEMERAL,

@@ -22,7 +22,7 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Status, Suite
 from tests.ends import HOST, End, Origin, refusing_port, silent_port
-from tests.handshakes import Keys, answer_of
+from tests.keys import Keys, answer_of
 from tests.loops import DEADLINE_S, in_loop
 
 KEYS = Keys.generate()

@@ -22,7 +22,7 @@ from reflex.usage import WRITE_INTERVAL_S, UsageFile
 from reflex.users import METER_INTERVAL_S, METERS_PER_WRITE, Users
 from reflex.worker import SharedMemory, UserField, WorkerContext
 from tests.ends import HOST
-from tests.handshakes import Keys
+from tests.keys import Keys
 from tests.loops import in_loop, until
 from tests.pair import limited
 from tests.test_usage import rows
