@@ -8,7 +8,15 @@ from typing import Final
 import pytest
 
 from reflex.errors import ProtocolError
-from reflex.protocol.allowance import BURST_UNITS, PLAIN_COST, RESET_COST, SESSION_COST, UNITS_PER_S, USEFUL_BYTES
+from reflex.protocol.allowance import (
+    ABANDONED_COST,
+    BURST_UNITS,
+    PLAIN_COST,
+    RESET_COST,
+    SESSION_COST,
+    UNITS_PER_S,
+    USEFUL_BYTES,
+)
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES
@@ -123,9 +131,9 @@ def test_each_kind_may_be_sent_in_a_burst_and_then_no_faster_than_it_is_forgotte
         flood(peer, frames, 2)
 
 
-def test_a_stream_that_is_opened_and_reset_at_once_costs_as_much_as_its_reset(peer: Peer) -> None:
+def test_a_stream_that_is_opened_and_reset_before_it_was_answered_costs_what_it_takes(peer: Peer) -> None:
     frames = opens(then_reset=True)()
-    flood(peer, frames, 2 * (BURST_UNITS // RESET_COST))
+    flood(peer, frames, 2 * (BURST_UNITS // ABANDONED_COST))
     assert len(peer.session.streams) == 1
     with pytest.raises(ProtocolError, match="without use"):
         flood(peer, frames, 2)
@@ -193,13 +201,18 @@ class TestFree:
             peer.write(FrameType.DATAGRAM, LIVE + 2, TARGET.encode() + b"x")
         assert self.left(peer) == BURST_UNITS
 
-    def test_every_stream_of_a_full_session_reset_at_once_is_a_tenth_of_the_burst(self, peer: Peer) -> None:
-        for stream_id in range(LIVE + 2, LIVE + 2 * FULL, 2):
-            peer.open(stream_id)
+    @pytest.mark.parametrize(("is_answered", "part"), [(True, 1 / 10), (False, 1 / 2)])
+    def test_every_stream_of_a_full_session_reset_at_once_is_a_part_of_the_burst(
+        self, peer: Peer, *, is_answered: bool, part: float
+    ) -> None:
+        flood(peer, opens()(), FULL - 1)
+        if is_answered:
+            for stream_id in range(LIVE + 2, LIVE + 2 * FULL, 2):
+                peer.session.accept(peer.side.streams[stream_id])
         assert len(peer.session.streams) == FULL
-        for stream_id in range(LIVE, LIVE + 2 * FULL, 2):
+        for stream_id in range(LIVE + 2, LIVE + 2 * FULL, 2):
             peer.write(FrameType.RESET, stream_id, code(Code.SHUTTING_DOWN))
-        assert BURST_UNITS - self.left(peer) <= BURST_UNITS / 10
+        assert BURST_UNITS - self.left(peer) <= BURST_UNITS * part
 
 
 def test_a_pair_that_moves_much_and_in_small_pieces_is_charged_next_to_nothing(pools: Pools) -> None:

@@ -20,7 +20,8 @@ BURST_UNITS: Final = 20_000
 UNITS_PER_S: Final = 10_000
 
 PLAIN_COST: Final = 1
-RESET_COST: Final = 2  # a stream was made for it, and perhaps a connection
+RESET_COST: Final = 2
+ABANDONED_COST: Final = 10  # a RESET before OPENED: a stream was made for nothing, and perhaps a connection
 SESSION_COST: Final = 100  # SETTINGS and GOAWAY, of which a session needs one or two
 # A WINDOW or a late DATA frame below this is charged: so few bytes are not worth a frame.
 USEFUL_BYTES: Final = 1_024

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from reflex.errors import AddressError, FlowControlError, FrameError
 from reflex.protocol import streams as st
 from reflex.protocol.address import decode_address
-from reflex.protocol.allowance import PLAIN_COST, RESET_COST, SESSION_COST, USEFUL_BYTES
+from reflex.protocol.allowance import ABANDONED_COST, PLAIN_COST, RESET_COST, SESSION_COST, USEFUL_BYTES
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import Frame
 from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
@@ -70,7 +70,8 @@ def on_data_fin(session: Session, frame: Frame) -> Iterator[Event]:
 def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, CODE.size)
     stream = stream_of(session, frame)
-    session._allowance.charge(RESET_COST, session.now_s)
+    is_abandoned = stream is not None and stream.state in st.UNANSWERED
+    session._allowance.charge(ABANDONED_COST if is_abandoned else RESET_COST, session.now_s)
     if stream is not None:
         stream.move(st.RECEIVE_RESET)
         session._forget_if_closed(stream)

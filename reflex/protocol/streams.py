@@ -25,6 +25,8 @@ LOCAL_DONE: Final = 5
 REMOTE_DONE: Final = 6
 CLOSED: Final = 7
 
+UNANSWERED: Final = frozenset({CALLED, CALLED_REMOTE_DONE})
+
 STATE_NAMES: Final = (
     "calling",
     "calling, sending ended",
