@@ -191,6 +191,7 @@ def _run(
         name=name,
         log_level=arguments.log_level,
         limited_users=len(settings.limited_users) if isinstance(settings, InboundSettings) else 0,
+        replay_file=settings.replay_file if isinstance(settings, InboundSettings) else None,
     )
 
 

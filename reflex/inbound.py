@@ -43,10 +43,10 @@ from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
-from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
+from reflex.saved_replay import SavedReplaySet
 from reflex.users import Users
 from reflex.worker import WorkerContext
 
@@ -78,7 +78,7 @@ class Inbound:
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
         )
-        self._replay = ReplaySet(int(time.time())) if shared is None else shared.replay
+        self._replay = SavedReplaySet(settings.replay_file) if shared is None else shared.replay
         self._dialling = Dialling(
             policy=TargetPolicy(settings.targets.allow, settings.targets.deny),
             timeout_s=settings.limits.dial_timeout_s,
@@ -125,6 +125,7 @@ class Inbound:
                 listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         except StartError:
             self._stop_listening()
+            self._replay.close()
             await self._users.close()
             raise
         return [listener.address for listener in self._listeners]
@@ -329,6 +330,7 @@ class Inbound:
         for greeting in list(self._greetings):
             if not greeting.is_fallback:
                 greeting.end(reset=False)
+        self._replay.close()
         self._check_all_ended()
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -366,6 +368,7 @@ class Inbound:
             tunnel.cut("stopped")
         for relay in list(self._relays):
             relay.end(reset=True)
+        self._replay.close()
         self._users.close_now()
 
     def report(self) -> None:

@@ -28,6 +28,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
@@ -44,7 +45,7 @@ from reflex.daemon import (
 )
 from reflex.errors import Replayed, StartError
 from reflex.net.listener import listening_address, open_shared
-from reflex.protocol.replay import ReplaySet
+from reflex.saved_replay import SavedReplaySet
 from reflex.slots import END, Slot, close_all, receive, send
 from reflex.worker import (
     FAILED,
@@ -79,6 +80,7 @@ def run_workers(
     name: str,
     log_level: str,
     limited_users: int = 0,
+    replay_file: Path | None = None,
 ) -> int:
     """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
 
@@ -89,6 +91,7 @@ def run_workers(
         name: the name of the daemon's logger, such as ``reflex.inbound``.
         log_level: debug, info, warning or error.
         limited_users: how many users have limits of their own, which hold for all workers together.
+        replay_file: where the hellos that were taken are saved; None: nowhere.
 
     Returns:
         0 after a drain that SIGINT or SIGTERM asked for, 1 if a worker died meanwhile, 2 if the daemon could not
@@ -102,6 +105,7 @@ def run_workers(
 
     groups: list[list[socket.socket]] = []
     try:
+        replay = SavedReplaySet(replay_file)
         for host, port in listen:
             groups.append(open_shared(host, port, count=workers))
     except StartError as error:
@@ -109,7 +113,7 @@ def run_workers(
             close_all(group)
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
-    return Supervisor(groups, run_worker, log, limited_users=limited_users).run()
+    return Supervisor(groups, run_worker, log, limited_users=limited_users, replay=replay).run()
 
 
 class Supervisor:
@@ -119,6 +123,7 @@ class Supervisor:
         groups: for each address its listening sockets, as many as there are to be workers; closed in the end.
         run_worker: what a worker does, in its own process; returns its exit code.
         limited_users: how many users have limits of their own.
+        replay: the hellos that were taken, of all workers; closed in the end.
     """
 
     def __init__(
@@ -128,13 +133,15 @@ class Supervisor:
         log: logging.Logger,
         *,
         limited_users: int = 0,
+        replay: SavedReplaySet | None = None,
     ) -> None:
         self._slots = [Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)]
         self._addresses = [listening_address(group[0]) for group in groups]
         self._run_worker = run_worker
         self._log = log
-        self._replay = ReplaySet(int(time.time()))
+        self._replay = SavedReplaySet(None) if replay is None else replay
         self._memory = SharedMemory(len(self._slots), limited_users)
+        self._memory.connections[0] = len(self._replay)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._was_ready = False
@@ -184,6 +191,7 @@ class Supervisor:
         self._wakeup.close()
         self._wakeup_writer.close()
         self._close_listening()
+        self._replay.close()
 
     def _close_listening(self) -> None:
         for slot in self._slots:

@@ -180,6 +180,9 @@ class RemoteReplaySet:
         if reason := answer[SEQUENCE.size :].decode():
             raise Replayed(reason)
 
+    def close(self) -> None:
+        """Nothing: the set is the parent's."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:

@@ -94,6 +94,7 @@ def test_init_writes_a_pair_that_fits(tmp_path: Path, capsys: Capture) -> None:
     assert init(folder, "--user", 'Ann "b"') == 0
     inbound, outbound = load_inbound(folder / "inbound.toml"), load_outbound(folder / "outbound.toml")
     assert inbound.warnings == outbound.warnings == ()
+    assert inbound.replay_file == folder / "replay.sqlite"
     assert inbound.listen == (HostPort("0.0.0.0", 8443),)
     assert inbound.users[0].name == 'Ann "b"'
     (server,) = outbound.servers
@@ -299,7 +300,9 @@ def test_daemons_with_workers(
     def run(make: Callable[[object], Fake], **more: object) -> int:
         assert make("shared").shared == "shared"
         expected = {"listen": [listen], "workers": 2, "name": f"reflex.{name}", "log_level": "info"}
-        assert more == {**expected, "limited_users": 1 if name == "inbound" else 0}
+        is_inbound = name == "inbound"
+        replay_file = tmp_path / "replay.sqlite" if is_inbound else None
+        assert more == {**expected, "limited_users": int(is_inbound), "replay_file": replay_file}
         return 7
 
     module = types.ModuleType(f"reflex.{name}")

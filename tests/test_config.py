@@ -66,6 +66,7 @@ KNOWN_KEYS = [
     "nodelay",
     "keepalive_s",
     "usage_file",
+    "replay_file",
     "max_tunnels",
     "dials_per_s",
     "bytes_per_s",

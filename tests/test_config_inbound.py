@@ -27,6 +27,7 @@ def test_least_inbound_has_the_defaults(tmp_path: Path) -> None:
     assert loaded.tcp == TcpSettings(nodelay=True, keepalive_s=600)
     assert loaded.workers == 1
     assert loaded.usage_file is None
+    assert loaded.replay_file is None
     assert not user.has_limits
     assert loaded.limited_users == ()
     assert loaded.warnings == ()

@@ -115,14 +115,16 @@ def test_files_that_others_can_read(tmp_path: Path) -> None:
     assert load_outbound(write(tmp_path, text, mode=0o644)).warnings == ()
 
 
-def test_the_usage_files_path_starts_at_the_settings_files_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", ["usage_file", "replay_file"])
+def test_a_files_path_starts_at_the_settings_files_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    path = write(tmp_path, f'usage_file = "var/usage.sqlite"{INBOUND}')
+    path = write(tmp_path, f'{key} = "var/file.sqlite"{INBOUND}')
     monkeypatch.chdir(tmp_path)
-    assert load_inbound(path.name).usage_file == tmp_path / "var" / "usage.sqlite"
-    path = write(tmp_path, f'usage_file = "/var/lib/usage.sqlite"{INBOUND}')
-    assert load_inbound(path).usage_file == Path("/var/lib/usage.sqlite")
+    assert getattr(load_inbound(path.name), key) == tmp_path / "var" / "file.sqlite"
+    path = write(tmp_path, f'{key} = "/var/lib/file.sqlite"{INBOUND}')
+    assert getattr(load_inbound(path), key) == Path("/var/lib/file.sqlite")
+    assert inbound_problem(tmp_path, f'{key} = ""{INBOUND}').startswith(f"{key}: the ")
 
 
 # Files as a whole

@@ -6,6 +6,7 @@ import configparser
 import dataclasses
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ from typing import Final
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from reflex.cli import main
 from reflex.config import (
     InboundLimits,
     InboundSettings,
@@ -29,6 +31,7 @@ from reflex.config import (
     TargetSettings,
     TcpSettings,
     UserSettings,
+    load_inbound,
 )
 from reflex.protocol import wire
 from reflex.protocol.keys import traffic_key
@@ -159,6 +162,18 @@ def test_the_services_run_what_is_installed_and_give_it_time_to_drain() -> None:
         service = parser["Service"]
         assert service["ExecStart"] == f"/opt/reflex/bin/reflex-{name} -c /etc/reflex/{name}.toml"
         assert float(service["TimeoutStopSec"]) > drain_s
+
+
+def test_the_service_saves_its_hellos_where_it_may_write(tmp_path: Path) -> None:
+    """The line of the README that says so does it, in what reflex init writes."""
+    part = section(text_of(README), "### As services")
+    unit = configparser.ConfigParser()
+    unit.read_string(blocks(part, "ini")[0])
+    folder = Path("/var/lib") / unit["Service"]["StateDirectory"]
+    (line,) = [line for line in blocks(part, "sh")[0].splitlines() if line.startswith("sed ")]
+    assert main(["init", "--server", "vpn.example.org:8443", "--dir", str(tmp_path)]) == 0
+    subprocess.run(shlex.split(line.replace("/etc/reflex", str(tmp_path))), check=True, timeout=EXAMPLE_TIMEOUT_S)
+    assert load_inbound(tmp_path / "inbound.toml").replay_file == folder / "replay.sqlite"
 
 
 # Settings.

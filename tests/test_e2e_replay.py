@@ -7,7 +7,10 @@ be refused is a user's own new hello.
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
+import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,8 +85,18 @@ def wait_for_the_next_second() -> None:
 
 
 @contextlib.contextmanager
-def server(directory: Path, keys: Keys, *, port: int = 0, workers: int = 1, prelude: str = "") -> Iterator[Process]:
-    overrides = {**SILENT, "listen": [f"127.0.0.1:{port}"], "workers": workers}
+def server(
+    directory: Path,
+    keys: Keys,
+    *,
+    port: int = 0,
+    workers: int = 1,
+    prelude: str = "",
+    replay_file: str | None = None,
+    fallback: str | None = None,
+) -> Iterator[Process]:
+    own = {"replay_file": replay_file, "fallback": fallback}
+    overrides = {**SILENT, "listen": [f"127.0.0.1:{port}"], "workers": workers, **own}
     with start_inbound(directory, keys, overrides, prelude=prelude) as process:
         yield process
 
@@ -165,6 +178,130 @@ def echo_through(socks_port: int, target_port: int) -> None:
     with socks_connect(socks_port, "127.0.0.1", target_port) as sock:
         sock.sendall(b"still here")
         assert receive_exactly(sock, 10) == b"still here"
+
+
+# Dated ahead: the time alone does not tell it from a new one.
+
+SAVED: Final = "replay.sqlite"
+AHEAD_S: Final = 100  # far more than a restart takes here, and less than would be refused
+
+
+@pytest.mark.parametrize(("end", "workers"), [("kill", 1), ("kill", 2), ("stop", 1), ("stop", 2)])
+def test_a_hello_dated_ahead_is_refused_after_a_restart(tmp_path: Path, keys: Keys, end: str, workers: int) -> None:
+    """Where it is saved; and a client whose clock is ahead is let in at once."""
+    with server(tmp_path, keys, workers=workers, replay_file=SAVED) as process:
+        port = process.wait_ready()[0][1]
+        hellos = [hello_bytes(keys, time_s=int(time.time()) + AHEAD_S) for _ in range(3)]
+        for hello in hellos:
+            is_answered(port, hello)
+        if end == "kill":
+            process.kill()
+        else:
+            assert process.stop() == 0
+            assert [path.name for path in tmp_path.glob(f"{SAVED}*")] == [SAVED]  # all is in the one file
+    assert stat.S_IMODE((tmp_path / SAVED).stat().st_mode) == 0o600
+    for _ in range(2):
+        with server(tmp_path, keys, port=port, workers=workers, replay_file=SAVED) as process:
+            process.wait_ready()
+            for hello in hellos:
+                is_refused(process, port, hello, "hello seen before")
+            is_answered(port, hello_bytes(keys, time_s=int(time.time()) + AHEAD_S))
+            is_answered(port, hello_bytes(keys, time_s=int(time.time()) + 1))
+            process.kill()
+
+
+def test_a_hello_dated_ahead_gets_the_fallback_after_a_restart(tmp_path: Path, keys: Keys) -> None:
+    hello = hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
+    (tmp_path / "nginx").mkdir()
+    with running_nginx(tmp_path / "nginx", patience_s=60) as (_, nginx_port):
+        fallback = f"127.0.0.1:{nginx_port}"
+        with server(tmp_path, keys, replay_file=SAVED, fallback=fallback) as process:
+            port = process.wait_ready()[0][1]
+            is_answered(port, hello)
+            process.kill()
+        with server(tmp_path, keys, port=port, replay_file=SAVED, fallback=fallback) as process:
+            process.wait_ready()
+            with play(port, hello + b"\r\n\r\n") as sock, sock.makefile("rb") as reader:
+                assert b"400 Bad Request" in reader.read()
+            process.wait_for_line("hello refused: hello seen before")
+
+
+def test_a_client_whose_clock_is_ahead_is_let_in_right_after_a_restart(tmp_path: Path, keys: Keys) -> None:
+    ahead = f"import time\n_time = time.time\ntime.time = lambda: _time() + {AHEAD_S}"
+    with EchoServer() as echo, contextlib.ExitStack() as stack:
+        with server(tmp_path, keys, replay_file=SAVED) as process:
+            server_port = process.wait_ready()[0][1]
+            client = stack.enter_context(start_outbound(tmp_path, keys, server_port, prelude=ahead))
+            port = client.wait_ready()[0][1]
+            echo_through(port, echo.port)
+            process.kill()
+        with server(tmp_path, keys, port=server_port, replay_file=SAVED) as process:
+            process.wait_ready()
+            echo_through(port, echo.port)
+            assert not any("hello refused" in line for line in process.lines)
+
+
+def test_without_a_replay_file_a_hello_dated_ahead_is_answered_once_more(tmp_path: Path, keys: Keys) -> None:
+    """As docs/protocol.md says: 40 bytes, once in each run."""
+    hello = hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
+    port = 0
+    for _ in range(2):
+        with server(tmp_path, keys, port=port) as process:
+            port = process.wait_ready()[0][1]
+            is_answered(port, hello)
+            is_refused(process, port, hello, "hello seen before")
+            process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["inbound.toml"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_locks_nobody_out_and_what_was_taken_meanwhile_is_written_later(
+    tmp_path: Path, keys: Keys, workers: int
+) -> None:
+    """A bound of the size of its files stands for the disk's."""
+
+    def rows() -> int:
+        with contextlib.closing(sqlite3.connect(tmp_path / SAVED)) as database:
+            return int(database.execute("SELECT count(*) FROM hellos").fetchone()[0])
+
+    def ahead() -> bytes:
+        return hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
+
+    with server(tmp_path, keys, workers=workers, replay_file=SAVED) as process:
+        port = process.wait_ready()[0][1]
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, hard))
+        taken = [ahead() for _ in range(5)]
+        for hello in taken:
+            is_answered(port, hello)
+            is_refused(process, port, hello, "hello seen before")
+        complaint = f"cannot write the replay file {tmp_path / SAVED}: .*; tried again"
+        process.wait_for_line(complaint)
+        assert sum("cannot write the replay file" in line for line in process.lines) == 1
+        assert rows() == 0
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+        def is_caught_up() -> bool:
+            taken.append(ahead())
+            is_answered(port, taken[-1])
+            return rows() == len(taken)
+
+        assert eventually(is_caught_up)
+        process.wait_for_line("the replay file .* can be written again")
+        process.kill()
+    with server(tmp_path, keys, port=port, workers=workers, replay_file=SAVED) as process:
+        process.wait_ready()
+        for hello in taken[:15]:  # no more failures than one address may have at once
+            is_refused(process, port, hello, "hello seen before")
+
+
+@pytest.mark.parametrize(("path", "workers"), [("missing/replay.sqlite", 1), ("inbound.toml", 1), ("inbound.toml", 2)])
+def test_a_replay_file_that_cannot_be_written_prevents_the_start(
+    tmp_path: Path, keys: Keys, path: str, workers: int
+) -> None:
+    with start_inbound(tmp_path, keys, {"replay_file": path, "workers": workers}) as process:
+        process.wait_for_line(f"cannot start: replay_file: cannot (open|write) {tmp_path / path}: ")
+        assert process.wait() == 2
 
 
 # The edges of the time window.

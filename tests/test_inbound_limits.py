@@ -12,8 +12,8 @@ from reflex.config import InboundLimits
 from reflex.inbound import Inbound
 from reflex.net.doors import ATTEMPTS
 from reflex.net.listener import open_listening
-from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import FrameType, Status
+from reflex.saved_replay import SavedReplaySet
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.ends import HOST, Origin, connect
 from tests.keys import Keys
@@ -112,7 +112,7 @@ async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog
     counts = SharedCounts(2)
     counts[2] = 1  # another worker has one
     sock = open_listening(HOST, 0)
-    replay: Any = ReplaySet(0)
+    replay: Any = SavedReplaySet(None, clock=float)
     tunnels = SharedCounts(2)
     tunnels[2] = 1  # a tunnel
     shared = WorkerContext(1, [sock], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
@@ -176,7 +176,7 @@ async def test_strangers_at_another_worker_keep_nobody_out_of_this_one() -> None
     keys = Keys.generate()
     counts, tunnels = SharedCounts(2), SharedCounts(2)
     counts[2] = 2  # the other worker is full, of greetings
-    replay: Any = ReplaySet(0)
+    replay: Any = SavedReplaySet(None, clock=float)
     shared = WorkerContext(1, [open_listening(HOST, 0)], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
     inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
     (address,) = await inbound.start()

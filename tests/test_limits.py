@@ -17,8 +17,8 @@ from reflex.net.listener import open_listening
 from reflex.net.paced import PacedRelay
 from reflex.net.target import TargetRelay
 from reflex.protocol.events import EventKind
-from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Code, Status
+from reflex.saved_replay import SavedReplaySet
 from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
 from tests.ends import HOST, Origin, socks_request
@@ -293,7 +293,7 @@ async def test_what_other_workers_have_counts() -> None:
     keys = Keys.generate()
     table = UserTable(2, 1)
     other = table.row(2, 0)
-    replay: Any = ReplaySet(0)
+    replay: Any = SavedReplaySet(None, clock=float)
     shared = WorkerContext(
         1, [open_listening(HOST, 0)], replay, SharedCount(SharedCounts(2), 1), SharedCount(SharedCounts(2), 1), table
     )

@@ -147,6 +147,26 @@ def test_a_clock_wrongly_ahead_for_a_while_does_not_shut_the_server() -> None:
     replay.check_and_insert(key(2), ALICE, NOW + 1, NOW + 1)
 
 
+def test_what_an_earlier_run_took_is_refused_and_freed_and_is_no_users() -> None:
+    replay = ReplaySet(NOW, capacity=4, user_capacity=1)
+    for number, time_s in ((1, NOW + 2), (2, NOW), (1, NOW + 1)):  # the latest of a key comes first
+        replay.restore(key(number), time_s)
+    assert len(replay) == 2
+    for number, time_s in ((1, NOW + 2), (2, NOW)):
+        with pytest.raises(Replayed, match="seen before"):
+            replay.check_and_insert(key(number), ALICE, time_s, NOW)
+    for number, user_id in ((3, ALICE), (4, BOB)):
+        replay.check_and_insert(key(number), user_id, NOW, NOW)
+    with pytest.raises(Replayed, match="full"):
+        replay.check_and_insert(key(5), b"c" * 16, NOW, NOW)
+    later = NOW + LIMIT + 2
+    with pytest.raises(Replayed, match="seen before"):  # the earlier of the two times has expired
+        replay.check_and_insert(key(1), ALICE, NOW + 2, later)
+    with pytest.raises(Replayed, match="knows nothing"):
+        replay.check_and_insert(key(1), ALICE, NOW + 2, later + 1)
+    assert (len(replay), replay._held, replay.known_since_s) == (0, {}, NOW + 3)
+
+
 Step = tuple[int, int, int]  # key number, hello time less the clock, step of the clock
 
 

@@ -34,6 +34,10 @@ private_key = "{private_key}"
 # Processes that share the port; one for each processor at most:
 # workers = 1
 
+# Remembers over restarts which clients' hellos were taken, so that a recorded one is refused. Its folder must
+# be writable for the server; a relative path starts at this file's folder.
+replay_file = "replay.sqlite"
+
 # One [[users]] for each user; `reflex keygen user` makes them.
 [[users]]
 name = {user_name}

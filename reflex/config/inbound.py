@@ -85,7 +85,7 @@ class InboundLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
     """inbound.toml. ``workers`` processes share the port. ``usage_file`` is absolute, and set where a user has
-    ``monthly_bytes``. ``warnings`` are for the log: what works, but should not stay so."""
+    ``monthly_bytes``; ``replay_file`` is absolute. ``warnings`` are for the log: what works, but should not stay so."""
 
     listen: tuple[HostPort, ...]
     private_key: Secret
@@ -93,6 +93,7 @@ class InboundSettings:
     fallback: HostPort | None = None
     workers: int = 1
     usage_file: Path | None = None
+    replay_file: Path | None = None
     targets: TargetSettings = TargetSettings()
     limits: InboundLimits = InboundLimits()
     tcp: TcpSettings = DEFAULT_TCP
@@ -120,6 +121,7 @@ def read_inbound(document: Document) -> InboundSettings:
     fallback = root.text("fallback", HostPort.parse, expected=EXPECTED_ADDRESS)
     workers = read_workers(root)
     usage_file = root.file_path("usage_file")
+    replay_file = root.file_path("replay_file")
     users = _users(root)
     if "usage_file" not in root and (counted := [user for user in users if user.monthly_bytes is not None]):
         root.problem("usage_file", "nothing", f"the path of a file, because {counted[0].name} has monthly_bytes")
@@ -138,6 +140,7 @@ def read_inbound(document: Document) -> InboundSettings:
         fallback=fallback,
         workers=workers,
         usage_file=usage_file,
+        replay_file=replay_file,
         targets=TargetSettings(allow=tuple(rule for _, rule in allow), deny=tuple(rule for _, rule in deny)),
         limits=limits,
         tcp=tcp,

@@ -27,6 +27,7 @@ DEFAULT_CAPACITY: Final = 2**20  # keys; section 2 names it. About 150 MB when f
 # which no honest client needs, and it takes 64 users who mean harm to fill the set.
 USERS_TO_FILL: Final = 64
 DEFAULT_USER_CAPACITY: Final = DEFAULT_CAPACITY // USERS_TO_FILL
+NOBODY: Final = b""  # whose hellos those of an earlier run are: it is not known
 
 
 class ReplayMemory(Protocol):
@@ -42,7 +43,7 @@ class ReplaySet:
 
     Args:
         started_s: the server's start, in seconds since 1970; hellos from before are refused, because
-            an earlier run of the server may have taken them.
+            an earlier run of the server may have taken them. What it took from then on can be restored.
         capacity: the most keys that are held; when so many are, new hellos are refused.
         user_capacity: the most keys that are held for one user; when so many are, that user's new hellos
             are refused. None: the capacity's 64th part, at least 1.
@@ -92,16 +93,30 @@ class ReplaySet:
             raise Replayed("hello seen before")
         if len(self._seen) >= self.capacity:
             raise Replayed("replay set full: the hello could not be remembered")
-        held = self._held.get(user_id, 0)
-        if held >= self.user_capacity:
+        if self._held.get(user_id, 0) >= self.user_capacity:
             raise Replayed("too many hellos of one user to be remembered")
+        self._insert(ephemeral, user_id, time_s)
+
+    def restore(self, ephemeral: bytes, time_s: int) -> None:
+        """Put in a hello that an earlier run of the server took. It counts for the capacity, and for no user.
+
+        Of several with the same key the one with the latest time must come first; the others change nothing.
+
+        Args:
+            ephemeral: its ephemeral public key ``E``, 32 bytes.
+            time_s: its time, in seconds since 1970, not before :attr:`known_since_s`.
+        """
+        if ephemeral not in self._seen:
+            self._insert(ephemeral, NOBODY, time_s)
+
+    def _insert(self, ephemeral: bytes, user_id: bytes, time_s: int) -> None:
         bucket = self._buckets.get(time_s)
         if bucket is None:
             bucket = self._buckets[time_s] = {}
             heapq.heappush(self._seconds, time_s)
         bucket.setdefault(user_id, []).append(ephemeral)
         self._seen.add(ephemeral)
-        self._held[user_id] = held + 1
+        self._held[user_id] = self._held.get(user_id, 0) + 1
 
     def _free_expired(self, now_s: int) -> None:
         while self._seconds and self._seconds[0] + HELLO_TIME_LIMIT_S < now_s:
