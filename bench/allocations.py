@@ -37,6 +37,8 @@ CONNECTIONS: Final = 10_000
 CONNECTIONS_QUICK: Final = 500  # also without pools: nothing is claimed of those
 AT_ONCE: Final = 32
 WARM_UP_CONNECTIONS: Final = 320  # ten for each client: the busiest moment of a burst has come by then
+WARM_UP_QUIET: Final = 3  # a transfer is warm when so many in a row have made no buffer
+WARM_UP_MOST: Final = 15
 TRACED_CONNECTIONS: Final = 48
 TRACED_CONNECTIONS_QUICK: Final = 16
 TRACED_AT_ONCE: Final = 8
@@ -184,15 +186,26 @@ async def measure_relay(*, pooled: bool, connections: int, quick: bool) -> dict[
                 await pair.receive(sock, await pair.fill(sock))
 
             for name, work in (("long_lived", transfer), ("full_sockets", full)):
-                await work()
-                await work()
+                warm_up = await _warm_up(work, pair.pools)
                 made = buffer_bytes(pair.pools)
                 await work()
                 made = buffer_bytes(pair.pools) - made
-                result[name] = {**churn(await _traced(work), per=1), "buffer_bytes": made}
+                result[name] = {**churn(await _traced(work), per=1), "buffer_bytes": made, "warm_up": warm_up}
         await pair.settle()
         result["pools"] = pool_figures(pair.pools)
     return result
+
+
+async def _warm_up(work: Callable[[], Awaitable[None]], pools: Mapping[str, Pools]) -> int:
+    """Repeat the work until nothing was made for it for a few times, since windows grow; returns how often it was."""
+    quiet = 0
+    for count in range(1, WARM_UP_MOST + 1):
+        made = buffer_bytes(pools)
+        await work()
+        quiet = quiet + 1 if buffer_bytes(pools) == made else 0
+        if quiet == WARM_UP_QUIET:
+            return count
+    return WARM_UP_MOST
 
 
 async def _traced(work: Callable[[], Awaitable[None]]) -> list[Site]:
@@ -217,7 +230,8 @@ def measure(*, quick: bool, connections: int | None = None, pools: Sequence[bool
         ``peak_bytes`` over all of them; ``allocations``, ``bytes``, ``large_allocations``, ``large_bytes``
         (allocated, freed or not); ``top``, ``large_ours``, ``large_library`` (sites, see bench.churn); and
         ``pools``. ``relay`` has ``long_lived`` besides, for FRAMES pieces both ways, and ``full_sockets``, for a
-        reader that is late. ``claims``: each ``text`` and ``holds``. ``origin``: the published figures.
+        reader that is late, each with ``warm_up``: after how many of them nothing was made any more.
+        ``claims``: each ``text`` and ``holds``. ``origin``: the published figures.
     """
     if connections is None:
         connections = CONNECTIONS_QUICK if quick else CONNECTIONS

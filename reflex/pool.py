@@ -1,9 +1,10 @@
 """Pools of buffers and of objects: borrow, use, return in ``finally``.
 
 Strategy. A pool lends an object and remembers, by identity, that it did: so a double or a foreign
-return is seen at once, and what is in use is counted exactly. Each object has a slot for as long as the
-pool knows it, in which it stands while it is lent; so lending and returning move no memory. The common
-way takes no lock: each of ``list.pop``, ``list.append`` and a dict's look-up is one atomic operation, and a
+return is seen at once, and what is in use is counted exactly. Each object has a slot for as long as its
+pool knows it, in which it stands while it is lent, behind its pool; so lending and returning move no memory,
+and tiers that share their slots take a buffer back with one look-up. The common
+way takes no lock: each of ``deque.pop``, ``deque.append`` and a dict's look-up is one atomic operation, and a
 counter is raised between two points where the interpreter may switch threads (CPython with its global lock;
 without it a counter may miss some, a buffer is never lent twice all the same). The lock is taken where several
 steps must agree: when an object is made, and when the free list comes near its bound. All other
@@ -20,14 +21,16 @@ report what was never returned when the process ends.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from reflex.errors import ForeignBuffer, PoolError, WrongSize
 
@@ -38,11 +41,12 @@ TIER_SIZES: Final = (2_048, 8_192, 32_768, 131_072)
 TIER_MAX_FREE: Final = {2_048: 1_024, 8_192: 256, 32_768: 1_024, 131_072: 256}
 # What is kept of it when nothing was needed for a while (see Pool.trim): 128 KiB, 128 KiB, 256 KiB and 1 MiB.
 TIER_SPARE: Final = {2_048: 64, 8_192: 16, 32_768: 8, 131_072: 8}
+WIPE_STEP_BITS: Final = 6
 HOLDER_FRAMES: Final = 8  # call frames that the debug switch keeps of a holder
 
-# A slot of an object that is free. Two places more than are needed: a list this long is not moved when it gets
-# and loses a third element.
-_EMPTY_SLOT: Final = (None, None)
+# The slot of an object: its pool, twice, and behind that the object while it is lent. Twice, since a list this long
+# is not moved when it gets and loses a third element.
+Slot = list[Any]
 
 _debug_pools: weakref.WeakSet[Pool[object]] = weakref.WeakSet()
 
@@ -74,6 +78,7 @@ class Pool(Generic[T]):
         make: creates an object when none is free.
         max_free: how many returned objects are kept; what is over goes to the allocator.
         preallocate: how many to create at once.
+        slots: those of all pools that take each other's objects back; by default a dict of its own.
     """
 
     __slots__ = (
@@ -94,7 +99,15 @@ class Pool(Generic[T]):
         "name",
     )
 
-    def __init__(self, name: str, make: Callable[[], T], *, max_free: int, preallocate: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], T],
+        *,
+        max_free: int,
+        preallocate: int = 0,
+        slots: dict[int, Slot] | None = None,
+    ) -> None:
         if max_free < 0 or preallocate < 0 or preallocate > max_free:
             raise PoolError(
                 f"{name}: max_free {max_free} and preallocate {preallocate}; expected 0 <= preallocate <= max_free"
@@ -103,8 +116,10 @@ class Pool(Generic[T]):
         self.max_free = max_free
         self._make = make
         self._lock = Lock()
-        self._free: list[T] = [make() for _ in range(preallocate)]
-        self._slots: dict[int, list[T | None]] = {id(item): list(_EMPTY_SLOT) for item in self._free}
+        # A deque keeps the memory that it once had; a list gives it back and needs it again.
+        self._free = deque(make() for _ in range(preallocate))
+        self._slots: dict[int, Slot] = {} if slots is None else slots
+        self._slots.update((id(item), [self, self]) for item in self._free)
         self._acquired = 0
         self._holders: dict[int, str] | None = None  # where each was borrowed, when debugging
         self._created = preallocate
@@ -136,7 +151,7 @@ class Pool(Generic[T]):
     def _create(self) -> T:
         item = self._make()
         with self._lock:
-            self._slots[id(item)] = list(_EMPTY_SLOT)
+            self._slots[id(item)] = [self, self]
             self._created += 1
             self._misses += 1
         return item
@@ -146,8 +161,9 @@ class Pool(Generic[T]):
         slot = self._slots.get(id(item))
         if slot is None:
             return False
-        if slot.pop() is None:
-            slot.append(None)
+        lent = slot.pop()
+        if lent is not item:
+            slot.append(lent)
             return False
         self._released += 1
         if self._holders is not None:
@@ -182,10 +198,9 @@ class Pool(Generic[T]):
         with self._lock:
             keep = max(self._peak - self.in_use, spare)
             surplus = max(len(self._free) - keep, 0)
-            cold = self._free[:surplus]  # those that were returned first
-            del self._free[:surplus]
-            for item in cold:
-                del self._slots[id(item)]
+            for _ in range(surplus):
+                with contextlib.suppress(IndexError):  # another thread has borrowed it meanwhile
+                    del self._slots[id(self._free.popleft())]  # the one that was returned first
             self._high_water = max(self._high_water, self._peak)
             self._peak = self.in_use
         return surplus
@@ -219,6 +234,41 @@ class Pool(Generic[T]):
         return [] if self._holders is None else list(self._holders.values())
 
 
+def _release(self: BufferPool | TieredPool, buffer: memoryview, used_bytes: int | None = None) -> None:
+    """Take a buffer back and wipe its first ``used_bytes``, or a little more (all where not given, nothing for 0).
+
+    Of tiers, it goes back into the one that it came from.
+
+    Raises:
+        WrongSize: the buffer is of another size than the pool's.
+        ForeignBuffer: it was not lent by this pool, or was already returned.
+        In both cases the pool is as it was.
+    """
+    # Pool._take_back and _keep, without the calls, and for the tiers without a second look-up: this is asked for
+    # every record.
+    slot = self._slots.get(id(buffer))
+    if slot is None or (lent := slot.pop()) is not buffer:
+        if slot is not None:
+            slot.append(lent)
+        self._refuse(buffer)
+        return
+    pool: BufferPool = slot[0]
+    if used_bytes != 0:
+        try:
+            part, zeros = pool._wipes[-1 if used_bytes is None else used_bytes - 1 >> pool._wipe_shift]
+        except IndexError:  # more than all of it
+            part, zeros = pool._wipes[-1]
+        buffer[part] = zeros
+    pool._released += 1
+    if pool._holders is not None:
+        pool._holders.pop(id(buffer), None)
+    free = pool._free
+    if len(free) < pool._roomy_below:
+        free.append(buffer)
+    else:
+        pool._keep(buffer)
+
+
 class BufferPool(Pool[memoryview]):
     """A pool of buffers of one size.
 
@@ -227,11 +277,20 @@ class BufferPool(Pool[memoryview]):
         max_free: how many returned buffers are kept.
         preallocate: how many to create at once.
         name: for errors and reports; by default the size.
+        slots: as of :class:`Pool`.
     """
 
-    __slots__ = ("_zeros", "size_bytes")
+    __slots__ = ("_wipe_shift", "_wipes", "size_bytes")
 
-    def __init__(self, size_bytes: int, max_free: int, preallocate: int = 0, *, name: str = "") -> None:
+    def __init__(
+        self,
+        size_bytes: int,
+        max_free: int,
+        preallocate: int = 0,
+        *,
+        name: str = "",
+        slots: dict[int, Slot] | None = None,
+    ) -> None:
         if size_bytes < 1:
             raise PoolError(f"a buffer of {size_bytes} bytes; expected 1 or more")
         super().__init__(
@@ -239,37 +298,21 @@ class BufferPool(Pool[memoryview]):
             lambda: memoryview(bytearray(size_bytes)),
             max_free=max_free,
             preallocate=preallocate,
+            slots=slots,
         )
         self.size_bytes = size_bytes
-        self._zeros = memoryview(bytes(size_bytes))
+        # What is wiped is rounded up to a 64th of the buffer or so: nothing has to be sliced for it.
+        self._wipe_shift = max((size_bytes - 1).bit_length() - WIPE_STEP_BITS, 0)
+        step = 1 << self._wipe_shift
+        zeros = memoryview(bytes(size_bytes))
+        self._wipes = [(slice(end), zeros[:end]) for end in range(step, size_bytes + step, step)]
 
-    def release(self, buffer: memoryview, used_bytes: int | None = None) -> None:
-        """Take a buffer back and wipe its first ``used_bytes`` (all of it where not given, nothing for 0).
+    def _refuse(self, buffer: memoryview) -> None:
+        if len(buffer) != self.size_bytes:
+            raise WrongSize(self.name, len(buffer), self.size_bytes)
+        raise ForeignBuffer(self.name)
 
-        Raises:
-            WrongSize: the buffer is of another size.
-            ForeignBuffer: it was not lent by this pool, or was already returned.
-            In both cases the pool is as it was.
-        """
-        # _take_back and _keep, without the calls: this is asked for every record.
-        slot = self._slots.get(id(buffer))
-        if slot is None or (lent := slot.pop()) is None:
-            if slot is not None:
-                slot.append(None)
-            size_bytes = len(buffer)
-            if size_bytes != self.size_bytes:
-                raise WrongSize(self.name, size_bytes, self.size_bytes)
-            raise ForeignBuffer(self.name)
-        if used_bytes != 0:
-            buffer[:used_bytes] = self._zeros[:used_bytes]
-        self._released += 1
-        if self._holders is not None:
-            self._holders.pop(id(buffer), None)
-        free = self._free
-        if len(free) < self._roomy_below:
-            free.append(lent)
-        else:
-            self._keep(lent)
+    release = _release
 
 
 class ObjectPool(Pool[T]):
@@ -316,17 +359,17 @@ class TieredPool:
             which is what a benchmark compares with.
     """
 
-    __slots__ = ("_acquire", "_by_size", "_release", "_tiers", "_unpooled", "unpooled_created")
+    __slots__ = ("_acquire", "_by_size", "_slots", "_tiers", "_unpooled", "unpooled_created")
 
     def __init__(self, max_free: dict[int, int] | int | None = None) -> None:
         if max_free is None:
             max_free = TIER_MAX_FREE
         limits = dict.fromkeys(TIER_SIZES, max_free) if isinstance(max_free, int) else max_free
-        self._tiers = tuple(BufferPool(size, limits[size]) for size in TIER_SIZES)
+        self._slots: dict[int, Slot] = {}
+        self._tiers = tuple(BufferPool(size, limits[size], slots=self._slots) for size in TIER_SIZES)
         self._by_size = {pool.size_bytes: pool for pool in self._tiers}
-        # Looked at for every buffer: the tiers' sizes and their bound methods, in order.
+        # Looked at for every buffer: the tiers' sizes and a bound method of each, in order.
         self._acquire = tuple((pool.size_bytes, pool.acquire) for pool in self._tiers)
-        self._release = {pool.size_bytes: pool.release for pool in self._tiers}
         self._unpooled: dict[int, memoryview] = {}
         self.unpooled_created = 0
 
@@ -340,13 +383,11 @@ class TieredPool:
         self.unpooled_created += 1
         return buffer
 
-    def release(self, buffer: memoryview, used_bytes: int | None = None) -> None:
-        """Take a buffer back into the tier that it came from; see :meth:`BufferPool.release`."""
-        release = self._release.get(len(buffer))
-        if release is not None:
-            release(buffer, used_bytes)
-        elif self._unpooled.pop(id(buffer), None) is None:
+    def _refuse(self, buffer: memoryview) -> None:
+        if self._unpooled.pop(id(buffer), None) is None:
             raise ForeignBuffer("tiered pool")
+
+    release = _release
 
     def tier(self, size_bytes: int) -> BufferPool:
         """The pool of exactly this size, for callers that always need the same tier."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -490,14 +491,30 @@ def test_a_tiers_buffer_cannot_be_returned_twice_or_elsewhere(size_bytes: int) -
     assert (pool.in_use, other.in_use) == (0, 0)
 
 
-def test_tiers_wipe_the_used_part() -> None:
+@pytest.mark.parametrize("size", TIER_SIZES)
+def test_tiers_wipe_the_used_part_and_little_more(size: int) -> None:
     pool = TieredPool()
-    buffer = pool.acquire(100)
-    buffer[:200] = b"\xff" * 200
-    pool.release(buffer, 100)
-    again = pool.acquire(100)
-    assert bytes(again[:200]) == bytes(100) + b"\xff" * 100
-    pool.release(again)
+    step = size // 64
+    for used_bytes, wiped_bytes in ((1, step), (step, step), (step + 1, 2 * step), (size - 1, size), (size + 1, size)):
+        buffer = pool.acquire(size)
+        buffer[:] = b"\xff" * size
+        pool.release(buffer, used_bytes)
+        again = pool.acquire(size)
+        assert bytes(again) == bytes(wiped_bytes) + b"\xff" * (size - wiped_bytes)
+        pool.release(again)
+
+
+def test_a_tier_takes_back_what_another_one_lent_into_that_one() -> None:
+    """They share their slots, so that no buffer comes into a wrong tier."""
+    pool = TieredPool()
+    small, large = pool.tier(TIER_SIZES[0]), pool.tier(TIER_SIZES[1])
+    buffer = large.acquire()
+    small.release(buffer)
+    assert (small.in_use, large.in_use) == (0, 0)
+    with pytest.raises(ForeignBuffer):
+        large.release(buffer)
+    assert large.acquire() is buffer
+    large.release(buffer)
 
 
 def test_each_tier_keeps_what_its_limit_says() -> None:
@@ -603,7 +620,7 @@ def recording() -> Iterator[BufferPool]:
     pool = BufferPool(SIZE, 4, name="recording pool")
     pool.record_holders()
     yield pool
-    for buffer in [item for slot in pool._slots.values() for item in slot if item is not None]:
+    for buffer in [item for slot in pool._slots.values() for item in slot if item is not pool]:
         pool.release(buffer)
 
 
@@ -672,7 +689,7 @@ def test_the_report_writes_every_leak_and_counts_them(
 def test_a_buffer_that_is_lent_again_while_its_return_ends_keeps_its_new_holder(recording: BufferPool) -> None:
     """Between putting a buffer back and the end of ``release``, another thread may borrow it: done here by hand."""
 
-    class TakenAtOnce(list[memoryview]):
+    class TakenAtOnce(deque[memoryview]):
         def append(self, item: memoryview) -> None:
             super().append(item)
             borrowed_again.append(recording.acquire())

@@ -189,7 +189,8 @@ class FrameEncoder:
         ):
             self.seal()
             old, end = None, LENGTH_CHUNK_SIZE
-        buffer = self._buffers.acquire(max(FIRST_RECORD_BUFFER, end + needed_bytes + TAG_SIZE))
+        size = end + needed_bytes + TAG_SIZE
+        buffer = self._buffers.acquire(size if size > FIRST_RECORD_BUFFER else FIRST_RECORD_BUFFER)
         if old is not None:
             buffer[:end] = old[:end]
             self._buffers.release(old, end)
@@ -367,7 +368,7 @@ class FrameDecoder:
         """
         frame = self._frames.acquire()
         try:
-            while (body := self.next_body()) is not None:
+            while self._start < self._end and (body := self.next_body()) is not None:
                 size = len(body)
                 position = 0
                 while position < size and self._buffer is not None:  # None: it was closed meanwhile
