@@ -1,4 +1,4 @@
-"""What every test gets: whole pools checked after it, and no test skipped unseen in CI."""
+"""What every test gets: whole pools checked after it, sessions to ask for, and no test skipped unseen in CI."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from reflex.protocol.pools import Pools, all_pools
+from tests.sessions import Pair, Peer, connected, peer_of
 
 IN_CI = os.environ.get("CI", "").lower() == "true"
 SYSTEM_PROGRAMS = "/usr/sbin:/sbin"  # where Debian keeps nginx, outside of a user's PATH
@@ -43,6 +44,27 @@ def _pools_are_whole() -> Iterator[None]:
 def pools() -> Pools:
     """A fresh bundle of all pools."""
     return Pools()
+
+
+@pytest.fixture
+def pair(pools: Pools) -> Iterator[Pair]:
+    """Two sessions that are connected."""
+    with connected(pools) as pair:
+        yield pair
+
+
+@pytest.fixture
+def peer(pools: Pools) -> Iterator[Peer]:
+    """The peer of a server."""
+    with peer_of(pools, of_server=True) as peer:
+        yield peer
+
+
+@pytest.fixture
+def server(pools: Pools) -> Iterator[Peer]:
+    """The peer of a client."""
+    with peer_of(pools, of_server=False) as peer:
+        yield peer
 
 
 def require_program(name: str) -> str:

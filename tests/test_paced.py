@@ -13,6 +13,7 @@ from reflex.net.paced import PacedRelay
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling
 from reflex.protocol.address import Address
+from reflex.protocol.credit import hold
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
@@ -179,10 +180,10 @@ async def test_a_target_that_is_gone_when_the_first_bytes_come(pools: Pools) -> 
             made.target.reset()
             while not made.ends:
                 stream = made.relay.stream
-                rig.session._hold(stream, len(PATTERN))
+                hold(rig.session, stream, len(PATTERN))
                 made.relay.on_data(memoryview(PATTERN))
             assert rig.budget.buffered == 0
-            rig.session._hold(made.relay.stream, 5)
+            hold(rig.session, made.relay.stream, 5)
             made.relay.on_data(memoryview(b"later"))
             assert rig.budget.buffered == 0
 

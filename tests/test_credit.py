@@ -1,8 +1,6 @@
-"""Flow control of a session: credit, growth, and that nothing ever stalls."""
+"""reflex.protocol.credit, and flow control of a session as a whole: credit, growth, and that nothing ever stalls."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,19 +13,6 @@ from reflex.protocol.wire import MAX_WINDOW, SESSION_WINDOW, STREAM_WINDOW, Code
 from tests.sessions import START_S, Pair, Peer, RawFrame, Seen, connected, increment, peer_of
 
 PIECE = 65_536
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
 
 
 def windows(frames: list[RawFrame], stream_id: int) -> int:
