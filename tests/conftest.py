@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from reflex.net import upkeep
 from reflex.protocol.pools import Pools, all_pools
+from tests.pair import LOOPS, LoopFactory, loops_from
 from tests.sessions import Pair, Peer, connected, peer_of
 
 IN_CI = os.environ.get("CI", "").lower() == "true"
@@ -65,6 +67,21 @@ def server(pools: Pools) -> Iterator[Peer]:
     """The peer of a client."""
     with peer_of(pools, of_server=False) as peer:
         yield peer
+
+
+@pytest.fixture(params=LOOPS)
+def each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For a module's ``pytestmark``: its tests run on the daemons' loop and on uvloop's."""
+    factory: LoopFactory = request.param
+    with loops_from(factory):
+        yield
+
+
+@pytest.fixture
+def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tunnels look at their clock every millisecond or two."""
+    monkeypatch.setattr(upkeep, "TICK_MIN_S", 0.001)
+    monkeypatch.setattr(upkeep, "TICK_MAX_S", 0.002)
 
 
 def require_program(name: str) -> str:

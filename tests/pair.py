@@ -42,11 +42,9 @@ from reflex.config import (
 )
 from reflex.inbound import Inbound
 from reflex.loop import DirectLoop
-from reflex.metrics import Counters
-from reflex.net.tunnel import Tunnel
 from reflex.outbound import Outbound
 from reflex.protocol.address import Address
-from reflex.protocol.events import Event, EventKind
+from reflex.protocol.events import EventKind
 from reflex.protocol.handshake import (
     AcceptedHello,
     ClientCredentials,
@@ -61,7 +59,7 @@ from reflex.protocol.socks5 import CONNECT, METHOD_NONE, VERSION
 from reflex.protocol.streams import Stream
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import CLIENT_HELLO_SIZE, SERVER_HELLO_SIZE, Status, Suite
-from tests.sessions import SECRETS, Seen, Side
+from tests.sessions import Seen, Side
 
 P = ParamSpec("P")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -72,8 +70,8 @@ HOST: Final = "127.0.0.1"
 REPLY_SIZE: Final = 10  # of SOCKS5's answer to the request, with an IPv4 address
 NOW_S: Final = 1_900_000_000  # a time for whoever needs one
 
-# The params of a module's own fixture around `loops_from`, for tests that run on the daemons' loop and on
-# another; all others run on asyncio's.
+# The params of the fixture `each_loop`, for tests that run on the daemons' loop and on another; all others
+# run on asyncio's.
 LOOPS: Final = (pytest.param(DirectLoop, id="direct"), pytest.param(uvloop.new_event_loop, id="uvloop"))
 _factory: LoopFactory = asyncio.new_event_loop
 
@@ -619,107 +617,6 @@ async def raw_client(port: int, keys: Keys, behind_hello: bytes = b"") -> Remote
     await remote.flush()
     await remote.see(EventKind.SETTINGS)
     return remote
-
-
-class Rig:
-    """A tunnel, of the server's half or the client's, and its remote: ``async with Rig(pools, ...) as rig``.
-
-    Attributes:
-        opened: the streams of OPEN events, for a server's tunnel.
-        times_ms: what SETTINGS told of the peer's clock.
-        looks: how often the tunnel said that streams may have ended.
-        ends: how often it said that it has ended.
-    """
-
-    def __init__(
-        self,
-        pools: Pools,
-        *,
-        is_client: bool = False,
-        idle_timeout_s: float = 3600.0,
-        keepalive_s: float = 3600.0,
-        max_streams: int = 100,
-        buffer_bytes: int = 0,
-    ) -> None:
-        self.pools = pools
-        self.loop = asyncio.get_running_loop()
-        self.budget = Budget()
-        self.counters = Counters()
-        self.opened: list[Stream] = []
-        self.addresses: list[Address | None] = []
-        self.times_ms: list[int] = []
-        self.looks = 0
-        self.ends = 0
-        remote_pools, remote_budget = Pools(), Budget()
-        near, far = tcp_pair(buffer_bytes=buffer_bytes)
-        if is_client:
-            session = Session.client(SECRETS, pools, time_ms=1, keepalive_s=keepalive_s, budget=self.budget)
-            other = Session.server(SECRETS, remote_pools, time_ms=2, max_streams=max_streams, budget=remote_budget)
-        else:
-            session = Session.server(
-                SECRETS, pools, time_ms=1, keepalive_s=keepalive_s, max_streams=max_streams, budget=self.budget
-            )
-            other = Session.client(SECRETS, remote_pools, time_ms=2, budget=remote_budget)
-        session.now_s = self.loop.time()
-        self.remote = Remote(End(near), Side(other, remote_budget))
-        self.tunnel = Tunnel(
-            self.loop,
-            far,
-            session,
-            counters=self.counters,
-            idle_timeout_s=idle_timeout_s,
-            label="peer",
-            on_end=self._on_end,
-            on_open=self._on_open,
-            on_settings=self.times_ms.append,
-            on_stream_end=self._on_stream_end,
-        )
-
-    def _on_open(self, tunnel: Tunnel, event: Event) -> None:
-        assert tunnel is self.tunnel
-        assert event.stream is not None
-        self.opened.append(event.stream)
-        self.addresses.append(event.address)
-
-    def _on_stream_end(self, tunnel: Tunnel) -> None:
-        assert tunnel is self.tunnel
-        self.looks += 1
-
-    def _on_end(self, tunnel: Tunnel) -> None:
-        assert tunnel is self.tunnel
-        self.ends += 1
-
-    @property
-    def session(self) -> Session:
-        return self.tunnel.session
-
-    async def settle(self) -> None:
-        """Both halves have the other one's SETTINGS."""
-        await self.remote.flush()
-        await until(lambda: self.times_ms)
-        await self.remote.see(EventKind.SETTINGS)
-
-    async def accept(self) -> tuple[Stream, Stream]:
-        """A stream that the remote has opened and nobody has answered: the tunnel's view of it and the remote's."""
-        theirs = await self.remote.open()
-        await until(lambda: self.opened and self.opened[-1].id == theirs.id)
-        return self.opened[-1], theirs
-
-    async def __aenter__(self) -> Self:
-        await self.settle()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tunnel.cut("the test is over")
-        if self.tunnel._sock.fileno() >= 0:
-            self.tunnel._end_discarding()
-        self.remote.end.close()
-        self.remote.session.close_buffers()
-        if kind is None:
-            assert self.ends == 1
-            assert self.pools.in_use == 0
-            assert self.budget.buffered == 0
-            assert self.budget.growth == 0
 
 
 class Hog:

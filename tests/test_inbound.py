@@ -21,6 +21,7 @@ from reflex.errors import StartError
 from reflex.inbound import Inbound
 from reflex.net import listener as listener_module
 from reflex.net import tunnel as tunnel_module
+from reflex.net import upkeep
 from reflex.net.doors import ATTEMPTS
 from reflex.net.listener import open_listening
 from reflex.protocol.address import Address
@@ -423,7 +424,7 @@ async def test_more_streams_than_allowed_are_reset() -> None:
 
 @in_loop
 async def test_a_stream_without_a_byte_is_reset_after_the_idle_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.005)
+    monkeypatch.setattr(upkeep, "TICK_MIN_S", 0.005)
     async with Pair(inbound_limits=InboundLimits(idle_timeout_s=0.05)) as pair:
         with Origin() as origin:
             near, far = await pair.stream(origin)

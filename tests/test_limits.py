@@ -8,7 +8,6 @@ import logging
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,14 +28,11 @@ from reflex.usage import WRITE_INTERVAL_S, MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
 from tests.pair import (
     HOST,
-    LOOPS,
     Keys,
-    LoopFactory,
     Origin,
     Remote,
     in_loop,
     inbound_settings,
-    loops_from,
     outbound_settings,
     port_of,
     raw_client,
@@ -50,14 +46,9 @@ from tests.pair import (
 from tests.pair import connect as connect_to
 from tests.sessions import Seen
 
+pytestmark = pytest.mark.usefixtures("each_loop")
+
 INBOUND_LOG: Final = "reflex.net.limits"
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 def limited(

@@ -29,7 +29,7 @@ from reflex.config import (
 )
 from reflex.errors import StartError
 from reflex.net import server as server_module
-from reflex.net import tunnel as tunnel_module
+from reflex.net import upkeep
 from reflex.net.doors import Visitor
 from reflex.net.listener import open_listening
 from reflex.outbound import Outbound, cipher_suite
@@ -355,7 +355,7 @@ async def test_a_request_that_comes_while_the_only_tunnel_is_being_closed_gets_a
 
 @in_loop
 async def test_streams_that_are_idle_are_reset_by_the_client_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.005)
+    monkeypatch.setattr(upkeep, "TICK_MIN_S", 0.005)
     async with Pair(outbound_limits=OutboundLimits(idle_timeout_s=0.05)) as pair:
         with Origin() as origin:
             near, far = await pair.stream(origin)

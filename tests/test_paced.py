@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -19,19 +18,15 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code
 from reflex.worker import UserField, UserTable
-from tests.pair import DEADLINE_S, LOOPS, End, LoopFactory, Origin, Rig, in_loop, loops_from, until
+from tests.pair import DEADLINE_S, End, Origin, in_loop, until
+from tests.rig import Rig
 from tests.test_target import LOOPBACK
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 RATE: Final = 1_000_000
 SLOW: Final = 1_024  # what is beyond the first burst stays for as long as a test takes
 PATTERN: Final = bytes(range(251)) * 1000  # 251,000 bytes: a stream's window takes them at once
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 class Paced:

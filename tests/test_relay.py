@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
 import pytest
 
-from reflex.net import tunnel as tunnel_module
 from reflex.net.relay import FIRST_READ_BYTES, MAX_READ_BYTES, Relay, set_reset_on_close
 from reflex.net.tunnel import SHARED_READ_BYTES
 from reflex.protocol.events import EventKind
@@ -19,18 +17,14 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType
-from tests.pair import LOOPS, End, LoopFactory, Rig, in_loop, loops_from, tcp_pair, turns, until
+from tests.pair import End, in_loop, tcp_pair, turns, until
+from tests.rig import Rig
 from tests.sessions import TARGET
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 SMALL_BUFFERS = 4_096
 PATTERN = bytes(range(251)) * 5000  # 1.2 MB; no power of two divides its period
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 class Relayed:
@@ -527,41 +521,29 @@ async def test_a_local_socket_that_is_full_before_anything_waits_gets_every_byte
 # Time
 
 
-def test_a_stream_without_a_byte_for_the_idle_time_out_is_reset(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.001)
-    monkeypatch.setattr(tunnel_module, "TICK_MAX_S", 0.002)
-
-    @in_loop
-    async def is_reset() -> None:
-        async with Rig(pools, idle_timeout_s=0.02) as rig:
-            joined = await relayed(rig)
-            assert (await rig.remote.see(EventKind.RESET, joined.theirs.id)).number == Code.IDLE
-            await joined.local.expect_reset()
-            await joined.ended()
-
-    is_reset()
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_a_stream_without_a_byte_for_the_idle_time_out_is_reset(pools: Pools) -> None:
+    async with Rig(pools, idle_timeout_s=0.02) as rig:
+        joined = await relayed(rig)
+        assert (await rig.remote.see(EventKind.RESET, joined.theirs.id)).number == Code.IDLE
+        await joined.local.expect_reset()
+        await joined.ended()
 
 
-def test_a_stream_that_only_delivers_is_reset_as_well_when_nothing_moves(
-    pools: Pools, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.001)
-    monkeypatch.setattr(tunnel_module, "TICK_MAX_S", 0.002)
-
-    @in_loop
-    async def is_reset() -> None:
-        async with Rig(pools, idle_timeout_s=0.2) as rig:
-            joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
-            rig.remote.session.send(joined.theirs, bytes(STREAM_WINDOW))
-            rig.remote.session.finish(joined.theirs)
-            await rig.remote.flush()
-            joined.local.finish()
-            await rig.remote.see(EventKind.FIN, joined.theirs.id)
-            await joined.ended()
-            await joined.local.expect_reset()
-            assert rig.counters.streams_reset == 0  # the stream itself had ended well
-
-    is_reset()
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_a_stream_that_only_delivers_is_reset_as_well_when_nothing_moves(pools: Pools) -> None:
+    async with Rig(pools, idle_timeout_s=0.2) as rig:
+        joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
+        rig.remote.session.send(joined.theirs, bytes(STREAM_WINDOW))
+        rig.remote.session.finish(joined.theirs)
+        await rig.remote.flush()
+        joined.local.finish()
+        await rig.remote.see(EventKind.FIN, joined.theirs.id)
+        await joined.ended()
+        await joined.local.expect_reset()
+        assert rig.counters.streams_reset == 0  # the stream itself had ended well
 
 
 @in_loop
@@ -628,12 +610,6 @@ async def test_one_whose_stream_has_ended_gives_way_as_well(pools: Pools) -> Non
 
 
 # A local connection that is gone, and no event tells of it.
-
-
-@pytest.fixture
-def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.001)
-    monkeypatch.setattr(tunnel_module, "TICK_MAX_S", 0.002)
 
 
 @pytest.mark.usefixtures("quick_ticks")

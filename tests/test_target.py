@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, NamedTuple
 
@@ -26,24 +25,16 @@ from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType, Status
 from tests.pair import (
     DEADLINE_S,
     HOST,
-    LOOPS,
-    LoopFactory,
     Origin,
-    Rig,
     in_loop,
-    loops_from,
     refusing_port,
     silent_port,
     turns,
     until,
 )
+from tests.rig import Rig
 
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @pytest.fixture(params=["at once", "later"])
