@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import socket
 from functools import partial
 from unittest.mock import patch
 
 import pytest
 
-from reflex.net.relay import FIRST_READ_BYTES, MAX_READ_BYTES, Relay, set_reset_on_close
+from reflex.net.options import set_reset_on_close
+from reflex.net.relay import FIRST_READ_BYTES, MAX_READ_BYTES, Relay
 from reflex.net.tunnel import SHARED_READ_BYTES
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
@@ -544,14 +543,6 @@ async def test_a_stream_that_only_delivers_is_reset_as_well_when_nothing_moves(p
         await joined.ended()
         await joined.local.expect_reset()
         assert rig.counters.streams_reset == 0  # the stream itself had ended well
-
-
-@in_loop
-async def test_reset_on_close_is_asked_of_a_socket_that_is_gone_without_harm(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    sock = socket.socket()
-    sock.close()
-    set_reset_on_close(sock)
 
 
 @in_loop
