@@ -6,6 +6,8 @@ import asyncio
 from typing import Self
 
 from reflex.metrics import Counters
+from reflex.net.options import set_reset_on_close
+from reflex.net.relay import Relay
 from reflex.net.tunnel import Tunnel
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event, EventKind
@@ -15,6 +17,9 @@ from reflex.protocol.streams import Stream
 from reflex.protocol.window import Budget
 from tests.pair import End, Remote, tcp_pair, until
 from tests.sessions import SECRETS, Side
+
+SMALL_BUFFERS = 4_096
+PATTERN = bytes(range(251)) * 5000  # 1.2 MB; no power of two divides its period
 
 
 class Rig:
@@ -167,3 +172,61 @@ async def accepted(rig: Rig) -> tuple[Owner, Stream]:
     rig.tunnel.flush_soon()
     await rig.remote.see(EventKind.OPENED, theirs.id)
     return owner, theirs
+
+
+class Relayed:
+    """A stream that a relay joins with a local socket.
+
+    Attributes:
+        local: the other end of the local socket, the test's.
+        theirs: the remote's view of the stream.
+        ends: how often the relay said that it has ended.
+    """
+
+    def __init__(self, rig: Rig, stream: Stream, theirs: Stream, *, buffer_bytes: int = 0) -> None:
+        near, far = tcp_pair(buffer_bytes=buffer_bytes)
+        set_reset_on_close(far)
+        self.local = End(near)
+        self.theirs = theirs
+        self.ends: list[Relay] = []
+        self.relay = Relay(
+            rig.loop,
+            rig.tunnel,
+            stream,
+            buffers=rig.pools.buffers,
+            counters=rig.counters,
+            on_end=self.ends.append,
+            sock=far,
+        )
+
+    async def ended(self) -> None:
+        await until(lambda: self.ends)
+        assert self.ends == [self.relay]
+        assert self.relay.ended
+
+
+async def relayed(rig: Rig, *, buffer_bytes: int = 0) -> Relayed:
+    """A stream that the remote has opened, joined with a local socket."""
+    ours, theirs = await rig.accept()
+    joined = Relayed(rig, ours, theirs, buffer_bytes=buffer_bytes)
+    rig.session.accept(ours)
+    rig.tunnel.flush_soon()
+    joined.relay.start_reading()
+    await rig.remote.see(EventKind.OPENED, theirs.id)
+    return joined
+
+
+def arrived(rig: Rig, size: int) -> bool:
+    """Whether so many bytes have come out of the tunnel."""
+    return rig.counters.bytes_out_of_tunnels == size
+
+
+async def send_into(rig: Rig, theirs: Stream, data: bytes) -> None:
+    """Send all of it on the stream, as the windows allow."""
+    rest = memoryview(data)
+    while True:
+        rest = rest[rig.remote.session.send(theirs, rest) :]
+        await rig.remote.flush()
+        if not rest:
+            return
+        await rig.remote.read()

@@ -22,12 +22,10 @@ from reflex.protocol.wire import (
     FrameType,
 )
 from tests.pair import End, in_loop, tcp_pair, turns, until
-from tests.rig import Owner, Rig, accepted
+from tests.rig import SMALL_BUFFERS, Owner, Rig, accepted
 from tests.sessions import CLIENT_TIME_MS, SECRETS, TARGET, TO_TARGET
 
 pytestmark = pytest.mark.usefixtures("each_loop")
-
-SMALL_BUFFERS = 4_096
 
 
 class Sleeper:

@@ -18,11 +18,9 @@ from reflex.protocol.wire import (
     FrameType,
 )
 from tests.pair import in_loop, turns, until
-from tests.rig import Rig, accepted
+from tests.rig import SMALL_BUFFERS, Rig, accepted
 
 pytestmark = pytest.mark.usefixtures("each_loop")
-
-SMALL_BUFFERS = 4_096
 
 
 @in_loop
