@@ -226,21 +226,14 @@ class TestReceiving:
 
 
 class TestOverrun:
-    def test_a_stream_window_that_is_overrun_is_fatal(self, peer: Peer) -> None:
+    @pytest.mark.parametrize("frame_type", [FrameType.DATA, FrameType.DATA_FIN])
+    def test_a_stream_window_that_is_overrun_is_fatal(self, peer: Peer, frame_type: FrameType) -> None:
         peer.side.reads = False
         peer.open(1)
         for _ in range(STREAM_WINDOW // PIECE):
             peer.write(FrameType.DATA, 1, bytes(PIECE))
         with pytest.raises(FlowControlError):
-            peer.write(FrameType.DATA, 1, b"x")
-
-    def test_a_stream_window_that_is_overrun_by_the_last_bytes_is_fatal(self, peer: Peer) -> None:
-        peer.side.reads = False
-        peer.open(1)
-        for _ in range(STREAM_WINDOW // PIECE):
-            peer.write(FrameType.DATA, 1, bytes(PIECE))
-        with pytest.raises(FlowControlError):
-            peer.write(FrameType.DATA_FIN, 1, b"x")
+            peer.write(frame_type, 1, b"x")
 
     @pytest.mark.parametrize("frame_type", [FrameType.DATA, FrameType.DATA_FIN])
     def test_a_session_window_that_is_overrun_is_fatal(self, pools: Pools, frame_type: FrameType) -> None:

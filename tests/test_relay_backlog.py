@@ -11,7 +11,7 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType
 from tests.pair import End, in_loop, turns, until
-from tests.rig import PATTERN, SMALL_BUFFERS, Rig, arrived, relayed, send_into
+from tests.rig import PATTERN, SMALL_BUFFERS, Relayed, Rig, arrived, relayed, send_into
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 
@@ -119,16 +119,22 @@ async def test_a_relay_that_has_ended_is_not_resumed(pools: Pools) -> None:
         joined.local.close()
 
 
+async def ended_with_a_window_waiting(rig: Rig) -> Relayed:
+    """A stream that has ended both ways, while a window of bytes waits for its local socket."""
+    joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
+    rig.remote.session.send(joined.theirs, PATTERN[:STREAM_WINDOW])
+    rig.remote.session.finish(joined.theirs)
+    await rig.remote.flush()
+    joined.local.finish()
+    await rig.remote.see(EventKind.FIN, joined.theirs.id)
+    await until(lambda: rig.tunnel.draining)
+    return joined
+
+
 @in_loop
 async def test_a_stream_that_has_ended_still_delivers_what_had_arrived_then_fin(pools: Pools) -> None:
     async with Rig(pools) as rig:
-        joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
-        rig.remote.session.send(joined.theirs, PATTERN[:STREAM_WINDOW])
-        rig.remote.session.finish(joined.theirs)
-        await rig.remote.flush()
-        joined.local.finish()
-        await rig.remote.see(EventKind.FIN, joined.theirs.id)
-        await until(lambda: rig.tunnel.draining)
+        joined = await ended_with_a_window_waiting(rig)
         assert not rig.session.streams
         assert await joined.local.receive_all() == PATTERN[:STREAM_WINDOW]
         await joined.ended()
@@ -154,13 +160,7 @@ async def test_a_stream_whose_local_end_came_first_delivers_what_had_arrived_the
 @in_loop
 async def test_it_delivers_even_after_its_tunnel_has_ended(pools: Pools) -> None:
     async with Rig(pools) as rig:
-        joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
-        rig.remote.session.send(joined.theirs, PATTERN[:STREAM_WINDOW])
-        rig.remote.session.finish(joined.theirs)
-        await rig.remote.flush()
-        joined.local.finish()
-        await rig.remote.see(EventKind.FIN, joined.theirs.id)
-        await until(lambda: rig.tunnel.draining)
+        joined = await ended_with_a_window_waiting(rig)
         await rig.remote.write(FrameType.CLOSE, 0, bytes(4))
         await until(lambda: rig.tunnel.ended)
         assert await joined.local.receive_all() == PATTERN[:STREAM_WINDOW]
