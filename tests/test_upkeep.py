@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from reflex.net.hangup import hung_up
 from reflex.net.upkeep import TICK_MAX_S, on_tick
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
@@ -81,6 +82,19 @@ async def test_a_reset_behind_bytes_is_seen_although_the_loop_tells_of_it_once(
         rig.remote.end.reset()
         await until(lambda: rig.tunnel.ended)
         assert "connection lost: Connection reset by peer; 1 streams are reset" in caplog.text
+
+
+@in_loop
+async def test_a_tunnel_whose_connection_is_gone_ends_in_its_tick_and_has_no_other(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        rig.loop.remove_reader(rig.tunnel._fd)  # or the loop would tell of it first
+        rig.remote.end.reset()
+        await until(lambda: hung_up([rig.tunnel._fd]))
+        timer = rig.tunnel._tick_timer
+        on_tick(rig.tunnel)
+        assert rig.tunnel.ended
+        assert rig.tunnel._tick_timer is timer
+        assert timer.cancelled()
 
 
 @pytest.mark.usefixtures("quick_ticks")
