@@ -1,4 +1,4 @@
-"""One tunnel over a pair of sockets, and its remote."""
+"""One tunnel over a pair of sockets: what a test of relays and of the tunnel itself holds in its hands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from typing import Self
 
 from reflex.metrics import Counters
+from reflex.net.options import set_reset_on_close
+from reflex.net.relay import Relay
 from reflex.net.tunnel import Tunnel
 from reflex.protocol.address import Address
 from reflex.protocol.events import Event, EventKind
@@ -17,6 +19,9 @@ from tests.ends import End, tcp_pair
 from tests.loops import until
 from tests.remote import Remote
 from tests.sessions import SECRETS, Side
+
+SMALL_BUFFERS = 4_096
+PATTERN = bytes(range(251)) * 5000  # 1.2 MB; no power of two divides its period
 
 
 class Rig:
@@ -109,8 +114,8 @@ class Rig:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.tunnel.cut("the test is over")
-        if self.tunnel._sock.fileno() >= 0:
-            self.tunnel._end_discarding()
+        if self.tunnel.silence is not None and self.tunnel._sock.fileno() >= 0:
+            self.tunnel.silence.end()
         self.remote.end.close()
         self.remote.session.close_buffers()
         if kind is None:
@@ -118,3 +123,112 @@ class Rig:
             assert self.pools.in_use == 0
             assert self.budget.buffered == 0
             assert self.budget.growth == 0
+
+
+class Owner:
+    """A stream's owner that keeps what it is told, and consumes at once unless told otherwise."""
+
+    def __init__(self, rig: Rig, stream: Stream) -> None:
+        self.rig = rig
+        self.stream = stream
+        self.last_tick = rig.tunnel.tick
+        self.told: list[object] = []
+        self.ended = False
+        self.fd = -1
+        self.waiting_bytes = 0
+        self.got = bytearray()
+        stream.owner = self
+
+    def on_opened(self) -> None:
+        self.told.append("opened")
+
+    def on_refused(self, status: int) -> None:
+        self.told.append(("refused", status))
+
+    def on_data(self, data: memoryview) -> None:
+        self.got += data
+        self.rig.session.consumed(self.stream, len(data))
+
+    def on_fin(self) -> None:
+        self.told.append("fin")
+
+    def on_reset(self, code: int) -> None:
+        self.told.append(("reset", code))
+
+    def on_writable(self) -> None:
+        self.told.append("writable")
+
+    def on_idle(self) -> None:
+        self.told.append("idle")
+        self.last_tick = self.rig.tunnel.tick
+
+    def on_hang_up(self) -> None:
+        self.told.append("hang-up")
+
+
+async def accepted(rig: Rig) -> tuple[Owner, Stream]:
+    """A stream that is open both ways: its owner at the tunnel, and the remote's view of it."""
+    ours, theirs = await rig.accept()
+    owner = Owner(rig, ours)
+    rig.session.accept(ours)
+    rig.tunnel.flush_soon()
+    await rig.remote.see(EventKind.OPENED, theirs.id)
+    return owner, theirs
+
+
+class Relayed:
+    """A stream that a relay joins with a local socket.
+
+    Attributes:
+        local: the other end of the local socket, the test's.
+        theirs: the remote's view of the stream.
+        ends: how often the relay said that it has ended.
+    """
+
+    def __init__(self, rig: Rig, stream: Stream, theirs: Stream, *, buffer_bytes: int = 0) -> None:
+        near, far = tcp_pair(buffer_bytes=buffer_bytes)
+        set_reset_on_close(far)
+        self.local = End(near)
+        self.theirs = theirs
+        self.ends: list[Relay] = []
+        self.relay = Relay(
+            rig.loop,
+            rig.tunnel,
+            stream,
+            buffers=rig.pools.buffers,
+            counters=rig.counters,
+            on_end=self.ends.append,
+            sock=far,
+        )
+
+    async def ended(self) -> None:
+        await until(lambda: self.ends)
+        assert self.ends == [self.relay]
+        assert self.relay.ended
+
+
+async def relayed(rig: Rig, *, buffer_bytes: int = 0) -> Relayed:
+    """A stream that the remote has opened, joined with a local socket."""
+    ours, theirs = await rig.accept()
+    joined = Relayed(rig, ours, theirs, buffer_bytes=buffer_bytes)
+    rig.session.accept(ours)
+    rig.tunnel.flush_soon()
+    joined.relay.start_reading()
+    await rig.remote.see(EventKind.OPENED, theirs.id)
+    return joined
+
+
+def arrived(rig: Rig, size: int) -> bool:
+    """Whether so many bytes have come out of the tunnel."""
+    return rig.counters.bytes_out_of_tunnels == size
+
+
+async def send_into(rig: Rig, theirs: Stream, data: bytes) -> None:
+    """Send all of it on the stream, as the windows allow."""
+    rest = memoryview(data)
+    while True:
+        rest = rest[rig.remote.session.send(theirs, rest) :]
+        await rig.remote.flush()
+        if not rest:
+            return
+        await rig.remote.read()

@@ -17,10 +17,9 @@ from tests.ends import REPLY_SIZE, End, socks_head, tcp_pair
 from tests.loops import in_loop, turns, until
 from tests.rig import Rig
 
-TARGET = Address.parse("example.org:443")
-
-
 pytestmark = pytest.mark.usefixtures("each_loop")
+
+TARGET = Address.parse("example.org:443")
 
 
 class FakeConnector:

@@ -18,10 +18,9 @@ from reflex.protocol.wire import Status
 from tests.ends import HOST, End, Origin, refusing_port, tcp_pair
 from tests.loops import in_loop, until
 
-SMALL_BUFFERS = 4_096  # the kernel doubles it and rounds it up; far below what is sent
-
-
 pytestmark = pytest.mark.usefixtures("each_loop")
+
+SMALL_BUFFERS = 4_096  # the kernel doubles it and rounds it up; far below what is sent
 
 
 class Joined:

@@ -19,6 +19,7 @@ from reflex.errors import StartError
 from reflex.inbound import Inbound
 from reflex.net import listener as listener_module
 from reflex.net import tunnel as tunnel_module
+from reflex.net import upkeep
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
@@ -291,7 +292,7 @@ async def test_more_streams_than_allowed_are_reset() -> None:
 
 @in_loop
 async def test_a_stream_without_a_byte_is_reset_after_the_idle_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.005)
+    monkeypatch.setattr(upkeep, "TICK_MIN_S", 0.005)
     async with Pair(inbound_limits=InboundLimits(idle_timeout_s=0.05)) as pair:
         with Origin() as origin:
             near, far = await pair.stream(origin)

@@ -13,7 +13,7 @@ import pytest
 from reflex import outbound as outbound_module
 from reflex.config import InboundLimits, ListenSettings, OutboundLimits, PoolSettings
 from reflex.net import server as server_module
-from reflex.net import tunnel as tunnel_module
+from reflex.net import upkeep
 from reflex.protocol.wire import Code, Status
 from tests.ends import HOST, REPLY_SIZE, Origin, connect, refusing_port, silent_port, socks_head, socks_request
 from tests.keys import Keys
@@ -123,7 +123,7 @@ async def test_a_request_that_comes_while_the_only_tunnel_is_being_closed_gets_a
 
 @in_loop
 async def test_streams_that_are_idle_are_reset_by_the_client_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel_module, "TICK_MIN_S", 0.005)
+    monkeypatch.setattr(upkeep, "TICK_MIN_S", 0.005)
     async with Pair(outbound_limits=OutboundLimits(idle_timeout_s=0.05)) as pair:
         with Origin() as origin:
             near, far = await pair.stream(origin)

@@ -17,6 +17,7 @@ from reflex.net.relay import BULK_BYTES, Relay
 from reflex.net.target import DIALS_PER_TURN, Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
+from reflex.protocol.credit import hold
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
@@ -79,7 +80,7 @@ async def dialled(rig: Rig, address: Address, *, timeout_s: float = DEADLINE_S, 
 
 def held(rig: Rig, stream: Stream, data: bytes) -> memoryview:
     """As if these bytes had arrived for the stream."""
-    rig.session._hold(stream, len(data))
+    hold(rig.session, stream, len(data))
     return memoryview(data)
 
 

@@ -14,10 +14,9 @@ from tests.loops import in_loop, until
 from tests.rig import Rig
 from tests.test_doors import TARGET, Entrance
 
-FIGURES = ("QUIET_S", "ANSWER_MIN_S", "ANSWER_UNKNOWN_S", "RECHECK_S")
-
-
 pytestmark = pytest.mark.usefixtures("each_loop")
+
+FIGURES = ("QUIET_S", "ANSWER_MIN_S", "ANSWER_UNKNOWN_S", "RECHECK_S")
 
 
 @pytest.fixture(autouse=True)

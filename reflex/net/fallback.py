@@ -19,7 +19,7 @@ from reflex.errors import DialError, StartError
 from reflex.net.backlog import Backlog
 from reflex.net.dial import begin_connect, finish_connect, is_connected, resolve
 from reflex.net.hangup import hung_up
-from reflex.net.relay import set_reset_on_close
+from reflex.net.options import set_reset_on_close
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
 
