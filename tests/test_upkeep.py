@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from reflex.net.hangup import hung_up
 from reflex.net.upkeep import TICK_MAX_S, on_tick
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
@@ -60,6 +61,7 @@ async def test_a_peer_that_gives_no_sign_of_life_is_cut_off(pools: Pools, caplog
 async def test_a_dead_peer_is_found_when_its_time_is_over_and_not_a_tick_later(pools: Pools) -> None:
     async with Rig(pools) as rig:
         assert rig.tunnel._tick_s == TICK_MAX_S
+        await turns()  # what is under way has come
         rig.session._liveness.received_s = rig.loop.time() - KEEPALIVE_GRACE_S
         rig.session._liveness._peer_interval_s = 0.05
         rig.tunnel._tick_timer.cancel()
@@ -100,6 +102,34 @@ async def test_owners_whose_connection_is_gone_are_told(pools: Pools) -> None:
             assert set(owner.told) == {"hang-up"}
             owner.fd = -1
         assert other.told == []
+
+
+@in_loop
+async def test_a_tick_in_which_the_tunnel_ends_tells_nobody_more_and_is_the_last(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig(pools) as rig:
+        owners = [(await accepted(rig))[0] for _ in range(2)]
+        told: list[Owner] = []
+
+        def cut(owner: Owner) -> None:
+            told.append(owner)
+            rig.tunnel.cut("enough")
+
+        monkeypatch.setattr(Owner, "on_hang_up", cut)
+        near, far = tcp_pair()
+        other, another = tcp_pair()
+        with far, another, End(near) as end, End(other) as other_end:
+            owners[0].fd, owners[1].fd = far.fileno(), another.fileno()
+            end.reset()
+            other_end.reset()
+            await until(lambda: len(hung_up([far.fileno(), another.fileno()])) == 2)
+            rig.tunnel._tick_timer.cancel()
+            timer = rig.tunnel._tick_timer
+            on_tick(rig.tunnel)
+        assert rig.tunnel.ended
+        assert len(told) == 1
+        assert rig.tunnel._tick_timer is timer
 
 
 @pytest.mark.usefixtures("quick_ticks")
