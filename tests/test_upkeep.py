@@ -62,6 +62,7 @@ async def test_a_peer_that_gives_no_sign_of_life_is_cut_off(pools: Pools, caplog
 async def test_a_dead_peer_is_found_when_its_time_is_over_and_not_a_tick_later(pools: Pools) -> None:
     async with Rig(pools) as rig:
         assert rig.tunnel._tick_s == TICK_MAX_S
+        await turns()  # what is under way has come
         rig.session._liveness.received_s = rig.loop.time() - KEEPALIVE_GRACE_S
         rig.session._liveness._peer_interval_s = 0.05
         rig.tunnel._tick_timer.cancel()
@@ -85,19 +86,6 @@ async def test_a_reset_behind_bytes_is_seen_although_the_loop_tells_of_it_once(
         assert "connection lost: Connection reset by peer; 1 streams are reset" in caplog.text
 
 
-@in_loop
-async def test_a_tunnel_whose_connection_is_gone_ends_in_its_tick_and_has_no_other(pools: Pools) -> None:
-    async with Rig(pools) as rig:
-        rig.loop.remove_reader(rig.tunnel._fd)  # or the loop would tell of it first
-        rig.remote.end.reset()
-        await until(lambda: hung_up([rig.tunnel._fd]))
-        timer = rig.tunnel._tick_timer
-        on_tick(rig.tunnel)
-        assert rig.tunnel.ended
-        assert rig.tunnel._tick_timer is timer
-        assert timer.cancelled()
-
-
 @pytest.mark.usefixtures("quick_ticks")
 @in_loop
 async def test_owners_whose_connection_is_gone_are_told(pools: Pools) -> None:
@@ -115,6 +103,34 @@ async def test_owners_whose_connection_is_gone_are_told(pools: Pools) -> None:
             assert set(owner.told) == {"hang-up"}
             owner.fd = -1
         assert other.told == []
+
+
+@in_loop
+async def test_a_tick_in_which_the_tunnel_ends_tells_nobody_more_and_is_the_last(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig(pools) as rig:
+        owners = [(await accepted(rig))[0] for _ in range(2)]
+        told: list[Owner] = []
+
+        def cut(owner: Owner) -> None:
+            told.append(owner)
+            rig.tunnel.cut("enough")
+
+        monkeypatch.setattr(Owner, "on_hang_up", cut)
+        near, far = tcp_pair()
+        other, another = tcp_pair()
+        with far, another, End(near) as end, End(other) as other_end:
+            owners[0].fd, owners[1].fd = far.fileno(), another.fileno()
+            end.reset()
+            other_end.reset()
+            await until(lambda: len(hung_up([far.fileno(), another.fileno()])) == 2)
+            rig.tunnel._tick_timer.cancel()
+            timer = rig.tunnel._tick_timer
+            on_tick(rig.tunnel)
+        assert rig.tunnel.ended
+        assert len(told) == 1
+        assert rig.tunnel._tick_timer is timer
 
 
 @pytest.mark.usefixtures("quick_ticks")
