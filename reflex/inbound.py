@@ -23,16 +23,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from reflex.config import HostPort, InboundSettings
-from reflex.errors import DialError, StartError
+from reflex.config import InboundSettings
+from reflex.errors import StartError
 from reflex.metrics import Counters, statistics_json
-from reflex.net import dial
 from reflex.net.failures import Failures, source_of
+from reflex.net.fallback import fallback_address
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
-from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
 from reflex.net.options import is_loopback, set_unpaced
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
@@ -40,24 +40,18 @@ from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
-from reflex.protocol.address import Address
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
-from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
 from reflex.saved_replay import SavedReplaySet
-from reflex.worker import UserTable, WorkerContext
-
-if TYPE_CHECKING:
-    from reflex.usage import MonthlyUsage
+from reflex.users import Users
+from reflex.worker import WorkerContext
 
 log = logging.getLogger(__name__)
 
-METER_INTERVAL_S: Final = 0.5  # how often what users have used of their month is looked at
-METERS_PER_WRITE: Final = 4  # WRITE_INTERVAL_S of reflex.usage, in looks
 # A stranger costs up to a quarter of a millisecond: after so many it is the tunnels' turn again, so that a flood
 # which takes all of the processor leaves each of them a read every two milliseconds.
 ACCEPTS_PER_TURN: Final = 8
@@ -79,9 +73,8 @@ class Inbound:
         self._pools = Pools()
         self._counters = Counters()
         self._budget = Budget(buffered_limit=settings.limits.buffered_bytes)
-        self._shares = {user.id.bytes: Share(self._budget) for user in settings.users}
         self._pressure = Pressure(self._budget, "new streams are refused")
-        self._names = {user.id.bytes: user.name for user in settings.users}
+        self._users = Users(self._loop, settings, self._budget, shared=shared, has_tunnels=lambda: bool(self._tunnels))
         self._credentials = ServerCredentials(
             settings.private_key.reveal(), {user.id.bytes: user.key.reveal() for user in settings.users}
         )
@@ -98,9 +91,6 @@ class Inbound:
         self._tunnels: dict[Tunnel, DialQueue] = {}
         self._discarding = 0  # connections of tunnels that ended by a fatal error
         self._relays: set[Relay] = set()
-        self._usage: MonthlyUsage | None = None
-        self._limited: dict[bytes, UserLimits] = {}  # by user id
-        self._meter_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._trimmer = Trimmer(self._loop, self._pools.buffers)
@@ -108,6 +98,7 @@ class Inbound:
     async def start(self) -> Sequence[str]:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
         settings = self._settings
+        fallback = settings.fallback
         self._door = Door(
             loop=self._loop,
             credentials=self._credentials,
@@ -116,89 +107,28 @@ class Inbound:
             counters=self._counters,
             failures=Failures(),
             handshake_timeout_s=settings.limits.handshake_timeout_s,
-            fallback=None if settings.fallback is None else await _fallback_address(settings.fallback),
+            fallback=None if fallback is None else await fallback_address(fallback.host, fallback.port),
             on_hello=self._on_hello,
             on_end=self._on_greeting_end,
         )
-        self._start_limits()
+        self._users.start()
         try:
-            if self._shared is not None:
-                listen = partial(
-                    Listener.of_socket,
-                    self._loop,
-                    on_accept=self._on_accept,
-                    on_pause=self._on_accept_pause,
-                    accepts_per_turn=ACCEPTS_PER_TURN,
+            for position, address in enumerate(settings.listen):
+                if self._shared is None:
+                    sock = open_listening(address.host, address.port)
+                else:
+                    sock = self._shared.sockets[position]
+                listener = Listener(
+                    self._loop, sock, self._on_accept, self._on_accept_pause, accepts_per_turn=ACCEPTS_PER_TURN
                 )
-                self._listeners += map(listen, self._shared.sockets)
-            else:
-                for address in settings.listen:
-                    self._listeners.append(
-                        Listener(
-                            self._loop,
-                            address.host,
-                            address.port,
-                            self._on_accept,
-                            self._on_accept_pause,
-                            accepts_per_turn=ACCEPTS_PER_TURN,
-                        )
-                    )
+                self._listeners.append(listener)
+                listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         except StartError:
             self._stop_listening()
             self._replay.close()
-            self._stop_metering()
-            if self._usage is not None:
-                await self._usage.close()
+            await self._users.close()
             raise
-        for listener in self._listeners:
-            listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         return [listener.address for listener in self._listeners]
-
-    def _start_limits(self) -> None:
-        """Make what counts for users with limits of their own. Raises StartError."""
-        settings, shared = self._settings, self._shared
-        users = settings.limited_users
-        metered = {str(user.id): user.name for user in users if user.monthly_bytes is not None}
-        if metered and settings.usage_file is not None:
-            try:
-                from reflex.usage import MonthlyUsage  # noqa: PLC0415 - most servers need no SQLite
-            except ImportError as error:
-                raise StartError(f"usage_file: this Python has no SQLite: {error}") from None
-            self._usage = MonthlyUsage(settings.usage_file, metered)
-            self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, METERS_PER_WRITE)
-        table = UserTable(1, len(users)) if shared is None or shared.users is None else shared.users
-        for position, user in enumerate(users):
-            self._limited[user.id.bytes] = UserLimits(
-                self._loop,
-                user.name,
-                str(user.id),
-                table.row(1 if shared is None else shared.number, position),
-                max_tunnels=user.max_tunnels,
-                max_streams=user.max_streams,
-                dials_per_s=user.dials_per_s,
-                bytes_per_s=user.bytes_per_s,
-                monthly_bytes=user.monthly_bytes,
-                max_wait_s=settings.limits.dial_timeout_s,
-                usage=None if user.monthly_bytes is None else self._usage,
-            )
-
-    def _meter(self, until_write: int) -> None:
-        for user in self._limited.values():
-            user.meter()
-        usage = self._usage
-        # Where nothing was counted, a worker still reads what the others wrote, while it has something to judge.
-        judges = self._shared is not None and bool(self._tunnels)
-        if usage is not None and until_write <= 1 and (usage.is_counting or judges):
-            usage.write()
-        until_write = until_write - 1 if until_write > 1 else METERS_PER_WRITE
-        self._meter_timer = self._loop.call_later(METER_INTERVAL_S, self._meter, until_write)
-
-    def _stop_metering(self) -> None:
-        if self._meter_timer is not None:
-            self._meter_timer.cancel()
-            self._meter_timer = None
-        for user in self._limited.values():
-            user.meter()
 
     # 1. A connection arrives.
 
@@ -262,7 +192,7 @@ class Inbound:
 
     def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
         del self._greetings[greeting]
-        user = self._limited.get(hello.user_id)
+        user = self._users.limits.get(hello.user_id)
         max_streams = self._settings.limits.max_streams
         is_allowed = user is None or user.take_tunnel()
         answer = self._pools.server_hellos.acquire()
@@ -273,7 +203,7 @@ class Inbound:
                 time_ms=int(time.time() * 1000),
                 now_s=self._loop.time(),
                 max_streams=max_streams if user is None else user.tunnel_streams(max_streams),
-                share=self._shares[hello.user_id],
+                share=self._users.shares[hello.user_id],
             )
             if not is_allowed:  # in one write with the SETTINGS, so that the client opens no stream first
                 session.go_away(Code.LIMIT)
@@ -296,7 +226,7 @@ class Inbound:
         finally:
             self._pools.server_hellos.release(answer)
         self._counters.handshakes_completed += 1
-        label = f"{self._names[hello.user_id]} at {greeting.peer}"
+        label = f"{self._users.names[hello.user_id]} at {greeting.peer}"
         log.debug("%s: tunnel opened", label)
         tunnel = Tunnel(
             self._loop,
@@ -415,9 +345,7 @@ class Inbound:
                 tunnel.close(Code.SHUTTING_DOWN)
             await self._cut_what_lingers()
         self._trimmer.stop()
-        self._stop_metering()
-        if self._usage is not None:
-            await self._usage.close()
+        await self._users.close()
         self.report()
 
     async def _cut_what_lingers(self) -> None:
@@ -441,9 +369,7 @@ class Inbound:
         for relay in list(self._relays):
             relay.end(reset=True)
         self._replay.close()
-        self._stop_metering()
-        if self._usage is not None:
-            self._usage.close_now()
+        self._users.close_now()
 
     def report(self) -> None:
         """Log the counters and the pools' figures, as one line of JSON."""
@@ -460,7 +386,7 @@ class Inbound:
         }
         if self._shared is not None:
             gauges["worker"] = self._shared.number
-        counters = self._counters.with_all(user.counters for user in self._limited.values())
+        counters = self._counters.with_all(user.counters for user in self._users.limits.values())
         log.info("statistics: %s", statistics_json(counters, self._pools.statistics(), gauges))
 
     def _stop_listening(self) -> None:
@@ -471,12 +397,3 @@ class Inbound:
     def _check_all_ended(self) -> None:
         if self._is_draining and not (self._tunnels or self._greetings or self._relays):
             self._all_ended.set()
-
-
-async def _fallback_address(fallback: HostPort) -> Address:
-    """The fallback's IP address: a name is resolved once, at the start."""
-    try:
-        info = (await dial.resolve(fallback.host, fallback.port))[0]
-    except DialError as error:
-        raise StartError(f"fallback: {error}") from error
-    return Address.of(str(info[4][0]), fallback.port)

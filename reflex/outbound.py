@@ -29,7 +29,7 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net.clock import WakeWatch
 from reflex.net.connector import Connector
 from reflex.net.doors import Door, Visitor
-from reflex.net.listener import SETTLE_S, Listener, finish_listening
+from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
 from reflex.net.pressure import Pressure
 from reflex.net.resolver import Resolver
 from reflex.net.server import Server
@@ -115,15 +115,11 @@ class Outbound:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
         try:
             for position, listen in enumerate(self._settings.listen):
-                on_accept = self._accepter(listen)
-                if self._shared is not None:
-                    listener = Listener.of_socket(
-                        self._loop, self._shared.sockets[position], on_accept, self._on_accept_pause
-                    )
+                if self._shared is None:
+                    sock = open_listening(listen.address.host, listen.address.port)
                 else:
-                    listener = Listener(
-                        self._loop, listen.address.host, listen.address.port, on_accept, self._on_accept_pause
-                    )
+                    sock = self._shared.sockets[position]
+                listener = Listener(self._loop, sock, self._accepter(listen), self._on_accept_pause)
                 self._listeners.append(listener)
                 listener.set_options(
                     nodelay=self._settings.tcp.nodelay,

@@ -27,7 +27,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -47,6 +46,7 @@ from reflex.daemon import (
 from reflex.errors import Replayed, StartError
 from reflex.net.listener import listening_address, open_shared
 from reflex.saved_replay import SavedReplaySet
+from reflex.slots import END, Slot, close_all, receive, send
 from reflex.worker import (
     FAILED,
     MESSAGE_MAX_BYTES,
@@ -57,10 +57,7 @@ from reflex.worker import (
     SIGNALS,
     STOP,
     ParentControl,
-    RemoteReplaySet,
-    SharedCount,
-    SharedCounts,
-    UserTable,
+    SharedMemory,
     WorkerContext,
 )
 
@@ -70,7 +67,6 @@ FIRST_DELAY_S: Final = 0.2  # before the second replacement in a row; doubles
 MAX_DELAY_S: Final = 10.0
 KILL_AFTER_S: Final = 1.0  # after the second signal, for a worker that does not heed it
 
-END: Final = b""
 ORDERS_TO_END: Final = 2  # the first one drains
 
 RunWorker = Callable[[WorkerContext, Control], int]
@@ -114,26 +110,10 @@ def run_workers(
             groups.append(open_shared(host, port, count=workers))
     except StartError as error:
         for group in groups:
-            _close_all(group)
+            close_all(group)
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
     return Supervisor(groups, run_worker, log, limited_users=limited_users, replay=replay).run()
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """The place of one worker: its sockets stay, who serves them may change."""
-
-    number: int
-    sockets: list[socket.socket]
-    pid: int = 0  # 0: nobody
-    control: socket.socket | None = None
-    replay: socket.socket | None = None
-    is_ready: bool = False
-    failure: str = ""  # what it said before it ended
-    started_s: float = 0.0
-    early_deaths: int = 0  # in a row
-    not_before_s: float = 0.0  # of the next start
 
 
 class Supervisor:
@@ -155,17 +135,13 @@ class Supervisor:
         limited_users: int = 0,
         replay: SavedReplaySet | None = None,
     ) -> None:
-        self._slots = [
-            _Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)
-        ]
+        self._slots = [Slot(number, list(sockets)) for number, sockets in enumerate(zip(*groups, strict=True), start=1)]
         self._addresses = [listening_address(group[0]) for group in groups]
         self._run_worker = run_worker
         self._log = log
         self._replay = SavedReplaySet(None) if replay is None else replay
-        self._counts = SharedCounts(len(self._slots))
-        self._counts[0] = len(self._replay)
-        self._users = UserTable(len(self._slots), limited_users)
-        self._tunnel_counts = SharedCounts(len(self._slots))
+        self._memory = SharedMemory(len(self._slots), limited_users)
+        self._memory.connections[0] = len(self._replay)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._was_ready = False
@@ -219,32 +195,16 @@ class Supervisor:
 
     def _close_listening(self) -> None:
         for slot in self._slots:
-            _close_all(slot.sockets)
+            close_all(slot.sockets)
 
     # Workers start.
 
-    def _start(self, slot: _Slot) -> None:
-        control, workers_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        replay, workers_replay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        slot.control, slot.replay = control, replay
-        slot.started_s = time.monotonic()
-        slot.is_ready = False
-        slot.failure = ""
-        # A signal that comes before the worker can handle it waits until it can.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            slot.pid = os.fork()
-            if not slot.pid:
-                self._be_worker(slot, workers_control, workers_replay)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        workers_control.close()
-        workers_replay.close()
+    def _start(self, slot: Slot) -> None:
+        control, replay = slot.fork(partial(self._be_worker, slot))
         for sock, handle in ((control, self._on_control), (replay, self._on_question)):
-            sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ, partial(handle, slot))
 
-    def _be_worker(self, slot: _Slot, control: socket.socket, replay: socket.socket) -> NoReturn:
+    def _be_worker(self, slot: Slot, control: socket.socket, replay: socket.socket) -> NoReturn:
         """What the new process does. It has the parent's everything, and gives back what is not its own."""
         code = EXIT_WORKER_LOST
         try:
@@ -256,17 +216,10 @@ class Supervisor:
             self._wakeup_writer.close()
             for each in self._slots:
                 # The others' ends above all: a worker knows by them that its parent has ended.
-                _close_all([sock for sock in (each.control, each.replay) if sock is not None])
+                close_all(each.take_channels())
                 if each is not slot:
-                    _close_all(each.sockets)
-            context = WorkerContext(
-                slot.number,
-                slot.sockets,
-                RemoteReplaySet(replay, self._counts),
-                SharedCount(self._counts, slot.number),
-                SharedCount(self._tunnel_counts, slot.number),
-                self._users,
-            )
+                    close_all(each.sockets)
+            context = self._memory.context(slot.number, slot.sockets, replay)
             code = self._run_worker(context, ParentControl(control))
         except BaseException:
             self._log.exception("ended unexpectedly")
@@ -276,9 +229,9 @@ class Supervisor:
 
     # Workers speak.
 
-    def _on_control(self, slot: _Slot) -> bool:
+    def _on_control(self, slot: Slot) -> bool:
         """One message, of which there may be none; returns whether there was one."""
-        message = _receive(slot.control)
+        message = receive(slot.control)
         if message == READY:
             slot.is_ready = True
             if self._was_ready:
@@ -292,9 +245,9 @@ class Supervisor:
             self._drop_channels(slot)  # the worker has ended, or is about to: SIGCHLD tells
         return bool(message)
 
-    def _on_question(self, slot: _Slot) -> bool:
+    def _on_question(self, slot: Slot) -> bool:
         """One question about the replay set, of which there may be none; returns whether there was one."""
-        question = _receive(slot.replay)
+        question = receive(slot.replay)
         if question is not None and len(question) == QUERY.size:
             sequence, ephemeral, user_id, time_s, now_s = QUERY.unpack(question)
             reason = ""
@@ -302,18 +255,16 @@ class Supervisor:
                 self._replay.check_and_insert(ephemeral, user_id, time_s, now_s)
             except Replayed as error:
                 reason = str(error)
-            self._counts[0] = len(self._replay)
-            _send(slot.replay, SEQUENCE.pack(sequence) + reason.encode())
+            self._memory.connections[0] = len(self._replay)
+            send(slot.replay, SEQUENCE.pack(sequence) + reason.encode())
         elif question == END:
             self._drop_channels(slot)
         return bool(question)
 
-    def _drop_channels(self, slot: _Slot) -> None:
-        for sock in (slot.control, slot.replay):
-            if sock is not None:
-                self._selector.unregister(sock)
-                sock.close()
-        slot.control = slot.replay = None
+    def _drop_channels(self, slot: Slot) -> None:
+        for sock in slot.take_channels():
+            self._selector.unregister(sock)
+            sock.close()
 
     # Workers end.
 
@@ -324,13 +275,12 @@ class Supervisor:
                 if pid:
                     self._on_end(slot, os.waitstatus_to_exitcode(status))
 
-    def _on_end(self, slot: _Slot, code: int) -> None:
+    def _on_end(self, slot: Slot, code: int) -> None:
         pid, slot.pid = slot.pid, 0
         while self._on_control(slot):
             pass  # what it said last
         self._drop_channels(slot)
-        self._counts[slot.number] = self._tunnel_counts[slot.number] = 0
-        self._users.clear(slot.number)
+        self._memory.clear(slot.number)
         how = _how_it_ended(code)
         if self._is_stopping:
             if code != EXIT_STOPPED and self._stop_orders < ORDERS_TO_END:
@@ -364,7 +314,7 @@ class Supervisor:
             if not slot.pid and slot.not_before_s <= time.monotonic():
                 self._start_again(slot)
 
-    def _start_again(self, slot: _Slot) -> None:
+    def _start_again(self, slot: Slot) -> None:
         try:
             self._start(slot)
         except OSError as error:  # no memory, or too many processes
@@ -408,14 +358,11 @@ class Supervisor:
 
     def _tell_all(self, message: bytes) -> None:
         for slot in self._slots:
-            _send(slot.control, message)
+            send(slot.control, message)
 
     def _kill_all(self) -> None:
         for slot in self._slots:
-            if slot.pid:
-                os.kill(slot.pid, signal.SIGKILL)
-                os.waitpid(slot.pid, 0)  # SIGKILL takes effect at once, so this is no waiting
-                slot.pid = 0
+            slot.kill()
 
 
 def replacement_delay_s(early_deaths: int) -> float:
@@ -435,24 +382,3 @@ def _how_it_ended(code: int) -> str:
 
 def _noted(signum: int, frame: FrameType | None) -> None:
     """A handler that does nothing: the signal's number is on the wake-up socket."""
-
-
-def _receive(sock: socket.socket | None) -> bytes | None:
-    """A message; END after the last; None where there is none now, or no socket any more."""
-    try:
-        return None if sock is None else sock.recv(MESSAGE_MAX_BYTES)
-    except (BlockingIOError, InterruptedError):
-        return None
-    except OSError:
-        return END
-
-
-def _send(sock: socket.socket | None, message: bytes) -> None:
-    if sock is not None:
-        with contextlib.suppress(OSError):  # it is full or gone; who asked does not wait for ever
-            sock.send(message)
-
-
-def _close_all(sockets: Sequence[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()

@@ -201,6 +201,41 @@ class WorkerContext:
     users: UserTable | None = None
 
 
+class SharedMemory:
+    """What all workers read and write; the parent makes it before it forks them off.
+
+    Args:
+        workers: how many there are.
+        limited_users: how many users have limits of their own.
+
+    Attributes:
+        connections: of each worker; the parent's own number is the size of the replay set.
+        tunnels: of each worker, those of its connections that are authenticated.
+        users: what each worker counts of the users that have limits of their own.
+    """
+
+    def __init__(self, workers: int, limited_users: int) -> None:
+        self.connections = SharedCounts(workers)
+        self.tunnels = SharedCounts(workers)
+        self.users = UserTable(workers, limited_users)
+
+    def context(self, worker: int, sockets: Sequence[socket.socket], replay: socket.socket) -> WorkerContext:
+        """What one worker needs, with its listening sockets and its end of the replay set's socket pair."""
+        return WorkerContext(
+            worker,
+            sockets,
+            RemoteReplaySet(replay, self.connections),
+            SharedCount(self.connections, worker),
+            SharedCount(self.tunnels, worker),
+            self.users,
+        )
+
+    def clear(self, worker: int) -> None:
+        """A worker has ended: its numbers are 0 from now on."""
+        self.connections[worker] = self.tunnels[worker] = 0
+        self.users.clear(worker)
+
+
 class ParentControl:
     """The parent, as the one who gives the orders; see :class:`reflex.daemon.Control`.
 

@@ -1,29 +1,17 @@
-"""Both halves in one event loop over loopback, and the ends of connections that a test holds in its hands.
-
-A test of this kind is a coroutine under :func:`in_loop`. It waits for events: :func:`until` for what has no
-event of its own, the methods of :class:`End` for bytes, FIN and RST. Each of them gives up after DEADLINE_S.
-"""
+"""Both halves in one event loop over loopback: their settings, and the daemons made of them."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
+import dataclasses
 import json
 import logging
-import secrets
-import socket
-import struct
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self
+from typing import Any, Final, Self
 
 import pytest
-import uvloop
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from reflex.config import (
     HostPort,
@@ -41,303 +29,22 @@ from reflex.config import (
     UserSettings,
 )
 from reflex.inbound import Inbound
-from reflex.loop import DirectLoop
-from reflex.metrics import Counters
-from reflex.net.tunnel import Tunnel
 from reflex.outbound import Outbound
-from reflex.protocol.address import Address
-from reflex.protocol.events import Event, EventKind
-from reflex.protocol.handshake import (
-    AcceptedHello,
-    ClientCredentials,
-    ClientHandshake,
-    ServerCredentials,
-    SessionSecrets,
-)
-from reflex.protocol.pools import Pools
-from reflex.protocol.session import Session
 from reflex.protocol.share import Share
-from reflex.protocol.socks5 import CONNECT, METHOD_NONE, VERSION
-from reflex.protocol.streams import Stream
-from reflex.protocol.window import Budget
-from reflex.protocol.wire import CLIENT_HELLO_SIZE, SERVER_HELLO_SIZE, Status, Suite
-from tests.sessions import SECRETS, Seen, Side
-
-P = ParamSpec("P")
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-
-DEADLINE_S: Final = 20.0  # for what takes milliseconds on an idle machine
-POLL_S: Final = 0.001
-HOST: Final = "127.0.0.1"
-REPLY_SIZE: Final = 10  # of SOCKS5's answer to the request, with an IPv4 address
-NOW_S: Final = 1_900_000_000  # a time for whoever needs one
-
-# The params of a module's own fixture around `loops_from`, for tests that run on the daemons' loop and on
-# another; all others run on asyncio's.
-LOOPS: Final = (pytest.param(DirectLoop, id="direct"), pytest.param(uvloop.new_event_loop, id="uvloop"))
-_factory: LoopFactory = asyncio.new_event_loop
-
-
-@contextlib.contextmanager
-def loops_from(factory: LoopFactory) -> Iterator[None]:
-    """While this is open, :func:`in_loop` runs its tests on loops of this kind."""
-    global _factory  # noqa: PLW0603 - pytest calls the tests, and hands them nothing that they did not ask for
-    old, _factory = _factory, factory
-    try:
-        yield
-    finally:
-        _factory = old
-
-
-def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Make a coroutine function a test. It fails as well where a callback of the loop has raised."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        errors: list[dict[str, Any]] = []
-
-        async def main() -> None:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            await test(*args, **kwargs)
-
-        with asyncio.Runner(loop_factory=_factory) as runner:
-            runner.run(main())
-        assert not errors, errors
-
-    return run
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until the condition holds."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - what it looks at tells nobody of its changes
-            await asyncio.sleep(POLL_S)
-
-
-async def turns(count: int = 3) -> None:
-    """Let the loop turn so many times: what was due is done then."""
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-class End:
-    """One end of a TCP connection, in the hands of a test."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-
-    async def send(self, data: bytes | memoryview) -> None:
-        """Send all of it."""
-        async with asyncio.timeout(DEADLINE_S):
-            await asyncio.get_running_loop().sock_sendall(self.sock, data)
-
-    def fill(self) -> int:
-        """Send zeros until the connection takes no more; return how many it took."""
-        block = bytes(65_536)
-        size = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                size += self.sock.send(block)
-        return size
-
-    async def receive_some(self, size: int = 65_536) -> bytes:
-        """What comes next; empty at FIN. Raises ConnectionResetError at RST."""
-        async with asyncio.timeout(DEADLINE_S):
-            return await asyncio.get_running_loop().sock_recv(self.sock, size)
-
-    async def receive(self, size: int) -> bytes:
-        """Exactly so many bytes."""
-        data = bytearray()
-        while len(data) < size:
-            part = await self.receive_some(size - len(data))
-            assert part, f"the connection ended after {len(data)} of {size} bytes"
-            data += part
-        return bytes(data)
-
-    async def receive_all(self) -> bytes:
-        """Everything up to FIN."""
-        parts = []
-        while part := await self.receive_some():
-            parts.append(part)
-        return b"".join(parts)
-
-    async def expect_fin(self) -> None:
-        """The next thing is FIN."""
-        assert await self.receive_some() == b""
-
-    async def expect_reset(self) -> None:
-        """RST comes, whatever comes before it."""
-        try:
-            size = len(await self.receive_all())
-        except ConnectionResetError:
-            return
-        pytest.fail(f"FIN came after {size} bytes, where RST was due")
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether nothing has come: no byte, no end."""
-        try:
-            self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        return False
-
-    def finish(self) -> None:
-        """Send FIN."""
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def reset(self) -> None:
-        """Send RST."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def tcp_pair(*, buffer_bytes: int = 0) -> tuple[socket.socket, socket.socket]:
-    """Two non-blocking sockets that are connected over loopback; with send and receive buffers of this size."""
-    with socket.socket() as listener:
-        if buffer_bytes:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-        listener.bind((HOST, 0))
-        listener.listen(1)
-        near = socket.socket()
-        if buffer_bytes:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-        near.connect(listener.getsockname())
-        far = listener.accept()[0]
-    for sock in (near, far):
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return near, far
-
-
-class Origin:
-    """Listens on loopback; whoever connects is handed to the test."""
-
-    def __init__(self, *, backlog: int = 128, receive_buffer_bytes: int = 0) -> None:
-        self._sock = socket.socket()
-        if receive_buffer_bytes:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        self._sock.bind((HOST, 0))
-        self._sock.listen(backlog)
-        self._sock.setblocking(False)
-        self.port: int = self._sock.getsockname()[1]
-        self.address = Address.of(HOST, self.port)
-        self.ends: list[End] = []
-
-    async def accept(self) -> End:
-        """The next connection."""
-        async with asyncio.timeout(DEADLINE_S):
-            sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
-        self.ends.append(End(sock))
-        return self.ends[-1]
-
-    @property
-    def is_unvisited(self) -> bool:
-        """Whether nobody waits to be accepted."""
-        try:
-            self._sock.accept()[0].close()
-        except BlockingIOError:
-            return True
-        return False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-        for end in self.ends:
-            end.close()
-
-
-@contextlib.contextmanager
-def refusing_port() -> Iterator[int]:
-    """A port that refuses: it is bound, so that nobody else takes it, and does not listen."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        yield sock.getsockname()[1]
-
-
-@contextlib.contextmanager
-def silent_port() -> Iterator[int]:
-    """A port whose connections are never made: its listener's queue is full, so that a SYN is dropped."""
-    with socket.socket() as listener, contextlib.ExitStack() as stack:
-        listener.bind((HOST, 0))
-        listener.listen(0)
-        for _ in range(4):
-            sock = stack.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
-# Keys, and the handshake by hand.
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What the two halves share."""
-
-    private_key: bytes
-    public_key: bytes
-    user_id: uuid.UUID
-    user_key: bytes
-
-    @classmethod
-    def generate(cls) -> Keys:
-        private = X25519PrivateKey.generate()
-        return cls(
-            private.private_bytes_raw(), private.public_key().public_bytes_raw(), uuid.uuid4(), secrets.token_bytes(32)
-        )
-
-    @property
-    def server(self) -> ServerCredentials:
-        return ServerCredentials(self.private_key, {self.user_id.bytes: self.user_key})
-
-    @property
-    def client(self) -> ClientCredentials:
-        return ClientCredentials(self.public_key, self.user_id.bytes, self.user_key)
-
-    def handshake(self, time_s: int) -> tuple[ClientHandshake, bytes]:
-        """A client's handshake, and the hello that it begins with."""
-        handshake = ClientHandshake(
-            self.client, suite=Suite.AES_256_GCM, time_s=time_s, random_bytes=secrets.token_bytes
-        )
-        hello = bytearray(CLIENT_HELLO_SIZE)
-        handshake.write_hello(memoryview(hello))
-        return handshake, bytes(hello)
-
-    def hello(self, time_s: int) -> bytes:
-        return self.handshake(time_s)[1]
-
-
-def answer_of(hello: AcceptedHello) -> tuple[bytes, SessionSecrets]:
-    """A server's answer by hand, and the secrets."""
-    answer = bytearray(SERVER_HELLO_SIZE)
-    session_secrets = hello.write_answer(memoryview(answer), random_bytes=secrets.token_bytes)
-    return bytes(answer), session_secrets
-
-
-# The daemons.
+from reflex.protocol.wire import Status
+from tests.ends import HOST, End, Origin, connect, socks_request
+from tests.keys import Keys
+from tests.loops import until
 
 LOOPBACK_TARGETS: Final = TargetSettings(allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*")))
+
+EPHEMERAL: Final = HostPort(HOST, 0)
 
 
 def inbound_settings(
     keys: Keys,
     *,
-    listen: Sequence[HostPort] = (HostPort(HOST, 0),),
+    listen: Sequence[HostPort] = (EPHEMERAL,),
     fallback: int | None = None,
     targets: TargetSettings = LOOPBACK_TARGETS,
     limits: InboundLimits | None = None,
@@ -355,6 +62,15 @@ def inbound_settings(
     )
 
 
+def limited(
+    keys: Keys, *, usage_file: Path | None = None, dial_timeout_s: float = 10, **limits: Any
+) -> InboundSettings:
+    """Settings of a server whose one user has these limits."""
+    settings = inbound_settings(keys, limits=InboundLimits(dial_timeout_s=dial_timeout_s, max_streams=10))
+    users = (dataclasses.replace(settings.users[0], **limits),)
+    return dataclasses.replace(settings, users=users, usage_file=usage_file)
+
+
 def server_settings(keys: Keys, port: int, *, cipher: str = "auto") -> ServerSettings:
     return ServerSettings(
         address=HostPort(HOST, port),
@@ -368,7 +84,7 @@ def server_settings(keys: Keys, port: int, *, cipher: str = "auto") -> ServerSet
 def outbound_settings(
     servers: Sequence[ServerSettings],
     *,
-    listen: Sequence[ListenSettings] = (ListenSettings(address=HostPort(HOST, 0)),),
+    listen: Sequence[ListenSettings] = (ListenSettings(address=EPHEMERAL),),
     pool: PoolSettings | None = None,
     limits: OutboundLimits | None = None,
     tcp: TcpSettings | None = None,
@@ -381,6 +97,10 @@ def outbound_settings(
         limits=limits or OutboundLimits(),
         tcp=tcp or TcpSettings(),
     )
+
+
+def forward_to(port: int) -> ListenSettings:
+    return ListenSettings(address=EPHEMERAL, protocol="forward", target=HostPort(HOST, port))
 
 
 def port_of(address: str) -> int:
@@ -436,7 +156,7 @@ class Pair:
         fallback: int | None = None,
         targets: TargetSettings = LOOPBACK_TARGETS,
         inbound_limits: InboundLimits | None = None,
-        listen: Sequence[ListenSettings] = (ListenSettings(address=HostPort(HOST, 0)),),
+        listen: Sequence[ListenSettings] = (ListenSettings(address=EPHEMERAL),),
         pool: PoolSettings | None = None,
         outbound_limits: OutboundLimits | None = None,
         tcp: TcpSettings | None = None,
@@ -503,30 +223,6 @@ class Pair:
         return near, await origin.accept()
 
 
-async def connect(port: int, *, receive_buffer_bytes: int = 0) -> End:
-    sock = socket.socket()
-    if receive_buffer_bytes:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-    sock.setblocking(False)
-    async with asyncio.timeout(DEADLINE_S):
-        await asyncio.get_running_loop().sock_connect(sock, (HOST, port))
-    return End(sock)
-
-
-def socks_head(port: int, host: str = HOST) -> bytes:
-    """What an application says to a SOCKS5 server that asks for no password: greeting and request."""
-    return bytes([VERSION, 1, METHOD_NONE]) + bytes([VERSION, CONNECT, 0]) + Address.of(host, port).encode()
-
-
-async def socks_request(end: End, port: int, host: str = HOST) -> int:
-    """Ask for a target; the answer's status."""
-    await end.send(socks_head(port, host))
-    assert await end.receive(2) == bytes([VERSION, METHOD_NONE])
-    reply = await end.receive(REPLY_SIZE)
-    assert reply[0] == VERSION
-    return reply[1]
-
-
 def statistics(caplog: pytest.LogCaptureFixture, logger: str) -> dict[str, Any]:
     """The last line of statistics that this logger wrote."""
     prefix = "statistics: "
@@ -536,190 +232,6 @@ def statistics(caplog: pytest.LogCaptureFixture, logger: str) -> dict[str, Any]:
     line = [line for line in lines if line.startswith(prefix)][-1]
     found: dict[str, Any] = json.loads(line.removeprefix(prefix))
     return found
-
-
-# One tunnel whose peer is played by the test.
-
-
-class Remote:
-    """The other half of a tunnel: a session, by the test's hand, over one end of a connection."""
-
-    def __init__(self, end: End, side: Side) -> None:
-        self.end = end
-        self.side = side
-
-    @property
-    def session(self) -> Session:
-        return self.side.session
-
-    async def flush(self) -> None:
-        """Send what the session has packed."""
-        await self.end.send(self.side.take_output())
-
-    async def write(self, frame_type: int, stream_id: int = 0, payload: bytes = b"") -> None:
-        """Send any frame, whatever the session thinks of it."""
-        self.session._encoder.write(frame_type, stream_id, payload)
-        await self.flush()
-
-    async def read(self) -> None:
-        """Take what comes next; to be called while something is still to come."""
-        data = await self.end.receive_some()
-        assert data, "the tunnel has ended"
-        self.side.feed(data)
-
-    async def read_until(self, condition: Callable[[], object]) -> None:
-        """Read on, answering as a session does, until the condition holds."""
-        while not condition():
-            await self.read()
-            if self.session.unsent_bytes and not self.session.close_received:
-                await self.flush()
-
-    async def read_to_end(self) -> None:
-        """Read on until FIN."""
-        while data := await self.end.receive_some():
-            self.side.feed(data)
-
-    async def see(self, kind: EventKind, stream_id: int = 0) -> Seen:
-        """The next event of this kind for this stream; those before it are forgotten."""
-        found: list[Seen] = []
-
-        def has_come() -> bool:
-            found.extend(seen for seen in self.side.take_seen() if (seen.kind, seen.stream_id) == (kind, stream_id))
-            return bool(found)
-
-        await self.read_until(has_come)
-        return found[0]
-
-    async def receive(self, stream: Stream, size: int) -> bytes:
-        """Exactly so many bytes of a stream."""
-        await self.read_until(lambda: len(self.side.got.get(stream.id, b"")) >= size)
-        got = self.side.got[stream.id]
-        data = bytes(got[:size])
-        del got[:size]
-        return data
-
-    async def open(self) -> Stream:
-        """Open a stream; the answer is still to come."""
-        stream = self.side.open()
-        await self.flush()
-        return stream
-
-
-async def raw_client(port: int, keys: Keys, behind_hello: bytes = b"") -> Remote:
-    """A client by hand: connected to a server, with the handshake done and SETTINGS exchanged.
-
-    ``behind_hello`` is sent in one piece with the hello.
-    """
-    end = await connect(port)
-    handshake, hello = keys.handshake(int(time.time()))
-    await end.send(hello + behind_hello)
-    session_secrets = handshake.read_answer(memoryview(await end.receive(SERVER_HELLO_SIZE)))
-    budget = Budget()
-    remote = Remote(end, Side(Session.client(session_secrets, Pools(), time_ms=3, budget=budget), budget))
-    await remote.flush()
-    await remote.see(EventKind.SETTINGS)
-    return remote
-
-
-class Rig:
-    """A tunnel, of the server's half or the client's, and its remote: ``async with Rig(pools, ...) as rig``.
-
-    Attributes:
-        opened: the streams of OPEN events, for a server's tunnel.
-        times_ms: what SETTINGS told of the peer's clock.
-        looks: how often the tunnel said that streams may have ended.
-        ends: how often it said that it has ended.
-    """
-
-    def __init__(
-        self,
-        pools: Pools,
-        *,
-        is_client: bool = False,
-        idle_timeout_s: float = 3600.0,
-        keepalive_s: float = 3600.0,
-        max_streams: int = 100,
-        buffer_bytes: int = 0,
-    ) -> None:
-        self.pools = pools
-        self.loop = asyncio.get_running_loop()
-        self.budget = Budget()
-        self.counters = Counters()
-        self.opened: list[Stream] = []
-        self.addresses: list[Address | None] = []
-        self.times_ms: list[int] = []
-        self.looks = 0
-        self.ends = 0
-        remote_pools, remote_budget = Pools(), Budget()
-        near, far = tcp_pair(buffer_bytes=buffer_bytes)
-        if is_client:
-            session = Session.client(SECRETS, pools, time_ms=1, keepalive_s=keepalive_s, budget=self.budget)
-            other = Session.server(SECRETS, remote_pools, time_ms=2, max_streams=max_streams, budget=remote_budget)
-        else:
-            session = Session.server(
-                SECRETS, pools, time_ms=1, keepalive_s=keepalive_s, max_streams=max_streams, budget=self.budget
-            )
-            other = Session.client(SECRETS, remote_pools, time_ms=2, budget=remote_budget)
-        session.now_s = self.loop.time()
-        self.remote = Remote(End(near), Side(other, remote_budget))
-        self.tunnel = Tunnel(
-            self.loop,
-            far,
-            session,
-            counters=self.counters,
-            idle_timeout_s=idle_timeout_s,
-            label="peer",
-            on_end=self._on_end,
-            on_open=self._on_open,
-            on_settings=self.times_ms.append,
-            on_stream_end=self._on_stream_end,
-        )
-
-    def _on_open(self, tunnel: Tunnel, event: Event) -> None:
-        assert tunnel is self.tunnel
-        assert event.stream is not None
-        self.opened.append(event.stream)
-        self.addresses.append(event.address)
-
-    def _on_stream_end(self, tunnel: Tunnel) -> None:
-        assert tunnel is self.tunnel
-        self.looks += 1
-
-    def _on_end(self, tunnel: Tunnel) -> None:
-        assert tunnel is self.tunnel
-        self.ends += 1
-
-    @property
-    def session(self) -> Session:
-        return self.tunnel.session
-
-    async def settle(self) -> None:
-        """Both halves have the other one's SETTINGS."""
-        await self.remote.flush()
-        await until(lambda: self.times_ms)
-        await self.remote.see(EventKind.SETTINGS)
-
-    async def accept(self) -> tuple[Stream, Stream]:
-        """A stream that the remote has opened and nobody has answered: the tunnel's view of it and the remote's."""
-        theirs = await self.remote.open()
-        await until(lambda: self.opened and self.opened[-1].id == theirs.id)
-        return self.opened[-1], theirs
-
-    async def __aenter__(self) -> Self:
-        await self.settle()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tunnel.cut("the test is over")
-        if self.tunnel._sock.fileno() >= 0:
-            self.tunnel._end_discarding()
-        self.remote.end.close()
-        self.remote.session.close_buffers()
-        if kind is None:
-            assert self.ends == 1
-            assert self.pools.in_use == 0
-            assert self.budget.buffered == 0
-            assert self.budget.growth == 0
 
 
 class Hog:

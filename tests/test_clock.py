@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from reflex.net.clock import MAX_ANSWER_BYTES, WakeWatch, ask_date, boot_time_s, parse_date
 from reflex.protocol.address import Address
-from tests.pair import DEADLINE_S, HOST, End, Origin, in_loop, refusing_port
+from tests.ends import HOST, End, Origin, refusing_port
+from tests.loops import DEADLINE_S, in_loop
 
 DATE = b"Fri, 20 Mar 2026 10:20:30 GMT"
 DATE_S = 1_774_002_030

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflex.config_values import HostPort, TargetRule, is_loopback
+from reflex.config.values import HostPort, TargetRule, is_loopback
 
 
 @pytest.mark.parametrize(

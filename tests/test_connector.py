@@ -13,7 +13,7 @@ from reflex.errors import TunnelError
 from reflex.net.connector import OF_NO_USE, Connector
 from reflex.net.tunnels import TunnelPool
 from reflex.protocol.wire import Code
-from tests.pair import in_loop, turns, until
+from tests.loops import in_loop, turns, until
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,28 +13,13 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
-from tests.pair import (
-    LOOPS,
-    REPLY_SIZE,
-    End,
-    LoopFactory,
-    Rig,
-    in_loop,
-    loops_from,
-    socks_head,
-    tcp_pair,
-    turns,
-    until,
-)
+from tests.ends import REPLY_SIZE, End, socks_head, tcp_pair
+from tests.loops import in_loop, turns, until
+from tests.rig import Rig
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 TARGET = Address.parse("example.org:443")
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 class FakeConnector:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from reflex.net.relay import set_reset_on_close
+from reflex.net.options import set_reset_on_close
 from tests.conftest import require_program
 from tests.processes import (
     HELLO,

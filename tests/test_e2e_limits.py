@@ -22,8 +22,8 @@ import pytest
 from bench.local import Process
 from reflex.usage import WRITE_INTERVAL_S
 from tests.conftest import require_program
-from tests.pair import Keys as RawKeys
-from tests.pair import Remote, in_loop, raw_client
+from tests.keys import Keys as RawKeys
+from tests.loops import in_loop
 from tests.processes import (
     EchoServer,
     Keys,
@@ -38,6 +38,7 @@ from tests.processes import (
     socks_connect,
     start_inbound,
 )
+from tests.remote import Remote, raw_client
 from tests.test_supervisor import children, statistics
 
 MIB: Final = 1_048_576

@@ -22,7 +22,7 @@ from typing import Final
 
 import pytest
 
-from reflex.net.relay import set_reset_on_close
+from reflex.net.options import set_reset_on_close
 from tests.distributions import ks_p_value, quantile
 from tests.processes import Keys, LoopbackServer, hello_bytes, start_inbound
 from tests.webserver import BOUND_S, Answer, converse, loopback_source, running_nginx, tls_hello, without_dates

@@ -15,16 +15,12 @@ from reflex.net.fallback import READ_BYTES, Fallback
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
 from reflex.protocol.wire import Status
-from tests.pair import HOST, LOOPS, End, LoopFactory, Origin, in_loop, loops_from, refusing_port, tcp_pair, until
+from tests.ends import HOST, End, Origin, refusing_port, tcp_pair
+from tests.loops import in_loop, until
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 SMALL_BUFFERS = 4_096  # the kernel doubles it and rounds it up; far below what is sent
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 class Joined:

@@ -24,19 +24,16 @@ from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
-from tests.pair import LOOPS, End, Keys, LoopFactory, Origin, in_loop, loops_from, tcp_pair, turns, until
+from tests.ends import End, Origin, tcp_pair
+from tests.keys import Keys
+from tests.loops import in_loop, turns, until
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 TICK_S = 0.001  # of uvloop's clock, and of what is rounded when its times are added up
 SOURCE = b"\x7f\x00\x00\x01"
 TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
 HTTP_REQUEST = b"GET / HTTP/1.1\r\nHost: example.org\r\nUser-Agent: x\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 @dataclass
@@ -269,7 +266,7 @@ def test_a_bad_hello_is_read_and_discarded_until_its_sender_leaves(pools: Pools,
         with gate(pools) as g:
             end, greeting = g.arrive()
             await end.send(secrets.token_bytes(size))
-            await until(lambda: greeting._discarding)
+            await until(lambda: greeting._silence)
             assert pools.in_use == 0  # it costs no buffer for as long as it stays
             for _ in range(3):
                 await end.send(bytes(10_000))
@@ -291,7 +288,7 @@ def test_http_and_tls_are_met_by_the_same_silence(pools: Pools, sent: bytes) -> 
         with gate(pools) as g:
             end, greeting = g.arrive()
             await end.send(sent)
-            await until(lambda: greeting._discarding)
+            await until(lambda: greeting._silence)
             assert end.is_silent
 
     is_silent()
@@ -304,7 +301,7 @@ def test_less_than_a_hello_is_awaited_until_the_time_out_then_discarded(pools: P
         with gate(pools, handshake_timeout_s=0.01) as g:
             end, greeting = g.arrive()
             await end.send(secrets.token_bytes(size))
-            await until(lambda: greeting._discarding)
+            await until(lambda: greeting._silence)
             assert end.is_silent
             assert pools.in_use == 0
 
@@ -358,10 +355,11 @@ def test_the_time_of_the_close_does_not_depend_on_what_was_sent(pools: Pools, mo
             for size in (0, 10, 76, 200):
                 end, _ = g.arrive()
                 await end.send(secrets.token_bytes(size))
-            await until(lambda: all(greeting._discarding for greeting in g.greetings))
+            await until(lambda: all(greeting._silence for greeting in g.greetings))
             longest_s = greeting_module.SILENCE_MAX_MS / 1000
             for greeting in g.greetings:
-                at_s = greeting._timer.when()
+                assert greeting._silence is not None
+                at_s = greeting._silence._timer.when()
                 assert begun_s - TICK_S <= at_s - 0.2 - longest_s <= loop.time() + TICK_S
 
     stays()
@@ -391,8 +389,9 @@ async def test_a_readiness_that_was_none_changes_nothing(pools: Pools) -> None:
         assert pools.in_use == 0
         assert greeting.is_undecided
         await end.send(bytes(76))
-        await until(lambda: greeting._discarding)
-        greeting._discard()
+        await until(lambda: greeting._silence)
+        assert greeting._silence is not None
+        greeting._silence._on_readable()
         assert not greeting.ended
 
 

@@ -1,22 +1,16 @@
-"""The handshake against known answers, against another Noise implementation, and against liars."""
+"""The handshake against known answers and against liars."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import hmac
 import os
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
-from noise.connection import Keypair, NoiseConnection  # type: ignore[import-untyped]
 
 from reflex.errors import (
     AuthenticationFailed,
@@ -26,121 +20,46 @@ from reflex.errors import (
     Replayed,
     UnsupportedHello,
 )
-from reflex.protocol import handshake
+from reflex.protocol import handshake, noise
 from reflex.protocol.handshake import (
-    AcceptedHello,
     ClientCredentials,
-    ClientHandshake,
     ServerCredentials,
-    SessionSecrets,
-    accept_hello,
     derive_psk,
     looks_like_http_or_tls,
 )
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import (
     CLIENT_HELLO_SIZE,
-    HELLO_TIME_LIMIT_S,
     KEY_SIZE,
     SERVER_HELLO_SIZE,
     TIME_OPTIONS,
     Suite,
 )
+from tests.handshakes import (
+    LIMIT,
+    LOOKALIKES,
+    NOW,
+    ROOTS,
+    SERVER_PRIVATE,
+    USER_ID,
+    USER_KEY,
+    accept,
+    answer_of,
+    assert_tells_nothing,
+    client,
+    client_credentials,
+    each_suite,
+    each_vector,
+    flip,
+    keys,
+    noise_hello,
+    public_of,
+    roots,
+    script,
+    server_credentials,
+    stranger,
+)
 from tests.vectors import VECTORS, Vector
-
-NOW = 1_900_000_000
-LIMIT = HELLO_TIME_LIMIT_S
-USER_ID = bytes(range(16))
-USER_KEY = bytes(range(100, 132))
-SERVER_PRIVATE = bytes(range(200, 232))
-ROOTS = ("root_client_to_server", "root_server_to_client", "exporter", "handshake_hash")
-
-each_vector = pytest.mark.parametrize("vector", VECTORS, ids=lambda v: f"{v.client_hello[:4].hex()}-suite-{v.suite}")
-each_suite = pytest.mark.parametrize("suite", list(Suite), ids=lambda s: s.name)
-# Ephemeral private keys whose public halves begin with 16 03 and with "PRI".
-LOOKALIKES = [(0xDA21).to_bytes(KEY_SIZE, "big"), (0xE8_D4BC_F636).to_bytes(KEY_SIZE, "big")]
-keys = st.binary(min_size=KEY_SIZE, max_size=KEY_SIZE)
-
-
-def script(*draws: bytes) -> Callable[[int], bytes]:
-    """Random bytes that are not: each call gives the next draw, and must ask for just its size."""
-    remaining = list(draws)
-
-    def random_bytes(size: int) -> bytes:
-        draw = remaining.pop(0)
-        assert len(draw) == size
-        return draw
-
-    return random_bytes
-
-
-def public_of(private: bytes) -> bytes:
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
-
-
-@functools.cache
-def server_credentials() -> ServerCredentials:
-    return ServerCredentials(SERVER_PRIVATE, {USER_ID: USER_KEY, b"another user's..": b"k" * KEY_SIZE})
-
-
-@functools.cache
-def client_credentials() -> ClientCredentials:
-    return ClientCredentials(public_of(SERVER_PRIVATE), USER_ID, USER_KEY)
-
-
-def client(
-    credentials: ClientCredentials | None = None,
-    *,
-    suite: Suite = Suite.AES_256_GCM,
-    time_s: int = NOW,
-    random_bytes: Callable[[int], bytes] = os.urandom,
-) -> tuple[ClientHandshake, bytes]:
-    made = ClientHandshake(credentials or client_credentials(), suite=suite, time_s=time_s, random_bytes=random_bytes)
-    out = bytearray(CLIENT_HELLO_SIZE)
-    made.write_hello(memoryview(out))
-    return made, bytes(out)
-
-
-def accept(
-    hello: bytes | bytearray | memoryview,
-    credentials: ServerCredentials | None = None,
-    *,
-    now_s: int = NOW,
-    replay: ReplaySet | None = None,
-    random_bytes: Callable[[int], bytes] = os.urandom,
-) -> AcceptedHello:
-    return accept_hello(
-        hello,
-        credentials or server_credentials(),
-        now_s=now_s,
-        replay=ReplaySet(0) if replay is None else replay,
-        random_bytes=random_bytes,
-    )
-
-
-def answer_of(
-    accepted: AcceptedHello, random_bytes: Callable[[int], bytes] = os.urandom
-) -> tuple[SessionSecrets, bytes]:
-    out = bytearray(SERVER_HELLO_SIZE)
-    secrets = accepted.write_answer(memoryview(out), random_bytes=random_bytes)
-    return secrets, bytes(out)
-
-
-def roots(secrets: SessionSecrets) -> dict[str, bytes]:
-    return {name: getattr(secrets, name) for name in ROOTS}
-
-
-def flip(data: bytes, bit: int) -> bytes:
-    flipped = bytearray(data)
-    flipped[bit // 8] ^= 1 << bit % 8
-    return bytes(flipped)
-
-
-def assert_tells_nothing(error: BaseException) -> None:
-    """No cause and no context: nothing that was in hand when the error came about hangs on it."""
-    assert error.__cause__ is None
-    assert error.__context__ is None
-
 
 # Known answers.
 
@@ -176,107 +95,6 @@ def test_the_server_equals_the_vector(vector: Vector) -> None:
 
 def test_the_vectors_cover_both_suites() -> None:
     assert {vector.suite for vector in VECTORS} == set(Suite)
-
-
-# Another implementation of Noise.
-
-
-def noise_half(*, private: bytes, prologue: bytes, psk: bytes, server: bytes, initiator: bool) -> Any:
-    """``noiseprotocol`` as either half. ``server`` is the initiator's public or the responder's private key."""
-    noise = NoiseConnection.from_name(b"Noise_NKpsk1_25519_ChaChaPoly_SHA256")
-    noise.set_prologue(prologue)
-    noise.set_psks(psk)
-    if initiator:
-        noise.set_as_initiator()
-        noise.set_keypair_from_public_bytes(Keypair.REMOTE_STATIC, server)
-    else:
-        noise.set_as_responder()
-        noise.set_keypair_from_private_bytes(Keypair.STATIC, server)
-    noise.set_keypair_from_private_bytes(Keypair.EPHEMERAL, private)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of fixed ephemeral keys, which are the point here
-        noise.start_handshake()
-    return noise
-
-
-def hmac_sha256(key: bytes, data: bytes) -> bytes:
-    return hmac.digest(key, data, "sha256")
-
-
-def masked_id_of(client_private: bytes, server_public: bytes, user_id: bytes) -> bytes:
-    """EncID of section 2, from the standard library's HMAC."""
-    ephemeral = X25519PrivateKey.from_private_bytes(client_private)
-    es = ephemeral.exchange(X25519PublicKey.from_public_bytes(server_public))
-    prk = hmac_sha256(ephemeral.public_key().public_bytes_raw(), es)
-    mask = hmac_sha256(prk, b"reflex/1 id" + server_public + b"\x01")
-    return bytes(a ^ b for a, b in zip(user_id, mask[:16], strict=True))
-
-
-def noise_hello(client_private: bytes, time_options: bytes) -> bytes:
-    """An authentic hello with any time and options, made without the code under test."""
-    server_public = public_of(SERVER_PRIVATE)
-    masked = masked_id_of(client_private, server_public, USER_ID)
-    noise = noise_half(
-        private=client_private,
-        prologue=b"reflex/1" + masked,
-        psk=hmac_sha256(USER_KEY, b"reflex/1 psk" + USER_ID + b"\x01"),
-        server=server_public,
-        initiator=True,
-    )
-    message = bytes(noise.write_message(time_options))
-    return message[:KEY_SIZE] + masked + message[KEY_SIZE:]
-
-
-@given(
-    server_private=keys,
-    client_private=keys,
-    answer_private=keys,
-    user_id=st.binary(min_size=16, max_size=16),
-    user_key=keys,
-    suite=st.sampled_from(Suite),
-    time_s=st.integers(0, 2**64 - 1),
-    random=st.binary(min_size=2, max_size=2),
-)
-def test_both_halves_equal_noise_but_for_the_two_deviations(
-    *,
-    server_private: bytes,
-    client_private: bytes,
-    answer_private: bytes,
-    user_id: bytes,
-    user_key: bytes,
-    suite: Suite,
-    time_s: int,
-    random: bytes,
-) -> None:
-    server_public = public_of(server_private)
-    masked = masked_id_of(client_private, server_public, user_id)
-    psk = hmac_sha256(user_key, b"reflex/1 psk" + user_id + b"\x01")
-    prologue = b"reflex/1" + masked
-    time_options = struct.pack(">QBB", time_s, 1 << 4 | suite, 0) + random
-    initiator = noise_half(private=client_private, prologue=prologue, psk=psk, server=server_public, initiator=True)
-    responder = noise_half(private=answer_private, prologue=prologue, psk=psk, server=server_private, initiator=False)
-    noise_state = responder.noise_protocol.handshake_state.symmetric_state
-    first = bytes(initiator.write_message(time_options))
-    assert responder.read_message(first) == time_options
-    second = bytes(responder.write_message())
-    initiator.read_message(second)
-
-    credentials = ClientCredentials(server_public, user_id, user_key)
-    draws = script(client_private, random)
-    made, hello = client(credentials, suite=suite, time_s=time_s, random_bytes=draws)
-    assert hello == first[:KEY_SIZE] + masked + first[KEY_SIZE:]
-    server = ServerCredentials(server_private, {user_id: user_key})
-    draws = script(bytes(KEY_SIZE), answer_private)
-    accepted = accept(hello, server, now_s=time_s, random_bytes=draws)
-    secrets, answer = answer_of(accepted, draws)
-    assert answer == second[:SERVER_HELLO_SIZE]
-    assert roots(made.read_answer(answer)) == roots(secrets)
-
-    assert secrets.root_client_to_server == initiator.noise_protocol.cipher_state_encrypt.k
-    assert secrets.root_server_to_client == initiator.noise_protocol.cipher_state_decrypt.k
-    assert secrets.handshake_hash == initiator.get_handshake_hash()
-    prk = hmac_sha256(noise_state.ck, b"")
-    assert secrets.exporter == hmac_sha256(prk, secrets.root_server_to_client + b"\x03")
 
 
 # Round trips.
@@ -378,11 +196,6 @@ def test_an_answer_to_another_hello_is_refused() -> None:
 
 
 # Wrong keys.
-
-
-def stranger(**changed: bytes) -> ClientCredentials:
-    known = {"server_public": public_of(SERVER_PRIVATE), "user_id": USER_ID, "user_key": USER_KEY}
-    return ClientCredentials(**(known | changed))
 
 
 @pytest.mark.parametrize(
@@ -547,8 +360,14 @@ def count_primitives(monkeypatch: pytest.MonkeyPatch, hello: bytes) -> Counter[s
         return wrapper
 
     with monkeypatch.context() as patch:
-        for name in ("HKDF", "Hash", "ChaCha20Poly1305", "_exchange"):
-            patch.setattr(handshake, name, counted(name, getattr(handshake, name)))
+        for module, name in (
+            (handshake, "HKDF"),
+            (handshake, "exchange"),
+            (noise, "HKDF"),
+            (noise, "Hash"),
+            (noise, "ChaCha20Poly1305"),
+        ):
+            patch.setattr(module, name, counted(name, getattr(module, name)))
         with pytest.raises(AuthenticationFailed):
             accept(hello, random_bytes=counted("random_bytes", os.urandom))
     return calls
@@ -565,7 +384,7 @@ def test_every_rejection_up_to_the_tag_does_the_same_work(monkeypatch: pytest.Mo
     }
     work = {what: count_primitives(monkeypatch, sent) for what, sent in refused.items()}
     expected = work["altered tag"]
-    assert expected["_exchange"] == expected["ChaCha20Poly1305"] == expected["random_bytes"] == 1
+    assert expected["exchange"] == expected["ChaCha20Poly1305"] == expected["random_bytes"] == 1
     assert all(calls == expected for calls in work.values()), work
 
 

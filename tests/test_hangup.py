@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reflex.net.hangup import hung_up
-from tests.pair import End, tcp_pair
+from tests.ends import End, tcp_pair
 
 
 def test_only_what_was_reset_or_has_ended_both_ways_is_told() -> None:

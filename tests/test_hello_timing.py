@@ -21,9 +21,10 @@ import pytest
 from reflex.errors import AuthenticationFailed
 from reflex.protocol import handshake
 from reflex.protocol.handshake import ServerCredentials, accept_hello
+from reflex.protocol.noise import exchange
 from reflex.protocol.replay import ReplaySet
 from tests.distributions import ks_p_value, quantile
-from tests.pair import Keys
+from tests.keys import Keys
 
 NOW_S: Final = 1_900_000_000
 FASTEST: Final = 0.1
@@ -113,7 +114,7 @@ def test_a_shortcut_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_shortcut(
         client_public: bytes, masked_id: bytes, sealed: bytes, credentials: ServerCredentials, *, stand_in: bytes
     ) -> object:
-        es = handshake._exchange(credentials.server_key, client_public) or stand_in
+        es = exchange(credentials.server_key, client_public) or stand_in
         user_id = handshake._mask_id(masked_id, client_public, es, credentials.server_public)
         if user_id not in credentials.psks:
             return None

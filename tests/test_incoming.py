@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from reflex.errors import FrameError, RecordError
@@ -59,20 +57,6 @@ OF_FIXED_SIZE = [
     FrameType.GOAWAY,
     FrameType.CLOSE,
 ]
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
-
-
-@pytest.fixture
-def server(pools: Pools) -> Iterator[Peer]:
-    """The peer of a client."""
-    with peer_of(pools, of_server=False) as peer:
-        yield peer
 
 
 def refuses(peer: Peer, frame_type: int, stream_id: int, payload: bytes) -> None:

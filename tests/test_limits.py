@@ -3,95 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import sqlite3
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from reflex.config import HostPort, InboundLimits, InboundSettings, PoolSettings
-from reflex.errors import StartError
-from reflex.inbound import METER_INTERVAL_S, METERS_PER_WRITE, Inbound
+from reflex.config import PoolSettings
+from reflex.inbound import Inbound
 from reflex.net.limits import UserLimits
 from reflex.net.listener import open_listening
 from reflex.net.paced import PacedRelay
 from reflex.net.target import TargetRelay
 from reflex.protocol.events import EventKind
-from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code, Status
 from reflex.saved_replay import SavedReplaySet
-from reflex.usage import WRITE_INTERVAL_S, MonthlyUsage
+from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
+from tests.ends import HOST, Origin, socks_request
+from tests.ends import connect as connect_to
+from tests.keys import Keys
+from tests.loops import in_loop, until
 from tests.pair import (
-    HOST,
-    LOOPS,
-    Keys,
-    LoopFactory,
-    Origin,
-    Remote,
-    in_loop,
     inbound_settings,
-    loops_from,
+    limited,
     outbound_settings,
     port_of,
-    raw_client,
     running_inbound,
     running_outbound,
     server_settings,
-    socks_request,
     statistics,
-    until,
 )
-from tests.pair import connect as connect_to
-from tests.sessions import Seen
+from tests.remote import raw_client
+from tests.test_usage import rows
 
 INBOUND_LOG: Final = "reflex.net.limits"
 
 
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
-
-
-def limited(
-    keys: Keys, *, usage_file: Path | None = None, dial_timeout_s: float = 10, **limits: Any
-) -> InboundSettings:
-    """Settings of a server whose one user has these limits."""
-    settings = inbound_settings(keys, limits=InboundLimits(dial_timeout_s=dial_timeout_s, max_streams=10))
-    users = (dataclasses.replace(settings.users[0], **limits),)
-    return dataclasses.replace(settings, users=users, usage_file=usage_file)
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 def limits_of(inbound: Inbound) -> UserLimits:
-    (user,) = inbound._limited.values()
+    (user,) = inbound._users.limits.values()
     return user
-
-
-async def opened(remote: Remote, origin: Origin) -> tuple[Stream, Seen]:
-    """A stream by hand, and how its OPEN was answered."""
-    stream = remote.session.open(origin.address)
-    await remote.flush()
-    found: list[Seen] = []
-
-    def is_answered() -> bool:
-        found.extend(each for each in remote.side.take_seen() if each.stream_id == stream.id)
-        return bool(found)
-
-    await remote.read_until(is_answered)
-    return stream, found[0]
-
-
-async def leave(*remotes: Remote) -> None:
-    for remote in remotes:
-        remote.end.close()
-        remote.session.close_buffers()
 
 
 def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -104,10 +59,10 @@ async def test_a_user_without_limits_has_nothing_of_this() -> None:
     async with running_inbound(inbound_settings(keys)) as (inbound, port):
         remote = await raw_client(port, keys)
         with Origin() as origin:
-            assert (await opened(remote, origin))[1].kind is EventKind.OPENED
-            assert inbound._limited == {}
+            assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
+            assert inbound._users.limits == {}
             assert {type(relay) for relay in inbound._relays} == {TargetRelay}
-        await leave(remote)
+        remote.leave()
 
 
 # Tunnels
@@ -124,17 +79,18 @@ async def test_a_tunnel_too_many_is_closed_with_a_reason_until_one_has_ended(cap
             assert third.session.close_received  # it came with the SETTINGS
             assert not third.session.has_room
             await third.end.expect_fin()
-            await leave(third)
+            third.leave()
         await until(lambda: len(inbound._tunnels) == 2)
         assert limits_of(inbound).counters.tunnels_limited == 2
         assert notes(caplog) == ["alice is over its max_tunnels (2): a tunnel was closed at once"]
-        await leave(first)
+        first.leave()
         await until(lambda: len(inbound._tunnels) == 1)
         again = await raw_client(port, keys)
         assert again.session.has_room
         inbound.report()
         assert statistics(caplog, "reflex.inbound")["counters"]["tunnels_limited"] == 2
-        await leave(second, again)
+        second.leave()
+        again.leave()
 
 
 @in_loop
@@ -167,7 +123,7 @@ async def test_who_left_before_the_answer_takes_no_tunnel() -> None:
         await until(lambda: not inbound._tunnels)
         remote = await raw_client(port, keys)
         assert remote.session.has_room
-        await leave(remote)
+        remote.leave()
 
 
 # Streams
@@ -181,20 +137,20 @@ async def test_streams_of_all_tunnels_count(caplog: pytest.LogCaptureFixture) ->
         one, two = await raw_client(port, keys), await raw_client(port, keys)
         assert one.session._peer_max_streams == 3
         with Origin() as origin:
-            streams = [(await opened(remote, origin))[0] for remote in (one, two, one)]
+            streams = [(await remote.ask(origin.address))[0] for remote in (one, two, one)]
             for _ in range(2):
-                _, seen = await opened(two, origin)
+                _, seen = await two.ask(origin.address)
                 assert (seen.kind, seen.number) == (EventKind.RESET, Code.LIMIT)
             assert limits_of(inbound).counters.streams_limited == 2
             assert notes(caplog) == ["alice is over its max_streams (3): a stream was refused"]
             one.session.reset(streams[0], Code.CANCELLED)
             await one.flush()
             await until(lambda: len(limits_of(inbound).relays) == 2)
-            assert (await opened(two, origin))[1].kind is EventKind.OPENED
-            await leave(one)
+            assert (await two.ask(origin.address))[1].kind is EventKind.OPENED
+            one.leave()
             await until(lambda: len(inbound._tunnels) == 1)
-            assert (await opened(two, origin))[1].kind is EventKind.OPENED
-        await leave(two)
+            assert (await two.ask(origin.address))[1].kind is EventKind.OPENED
+        two.leave()
 
 
 @in_loop
@@ -203,7 +159,7 @@ async def test_the_servers_own_limit_holds_as_well() -> None:
     async with running_inbound(limited(keys, max_streams=3000)) as (_, port):
         remote = await raw_client(port, keys)
         assert remote.session._peer_max_streams == 10
-        await leave(remote)
+        remote.leave()
 
 
 # Dials
@@ -234,7 +190,7 @@ async def test_dials_wait_for_their_turn_and_what_would_wait_too_long_is_refused
                 "alice is over its dials_per_s (5): dials wait",
                 "alice is over its dials_per_s (5): a stream was refused, for it would have waited too long",
             ]
-        await leave(remote)
+        remote.leave()
 
 
 # Bytes
@@ -247,7 +203,7 @@ async def test_only_a_user_with_a_pace_has_relays_that_keep_one(caplog: pytest.L
     async with running_inbound(limited(keys, bytes_per_s=100_000)) as (inbound, port):
         remote = await raw_client(port, keys)
         with Origin() as origin:
-            stream, _ = await opened(remote, origin)
+            stream, _ = await remote.ask(origin.address)
             assert {type(relay) for relay in inbound._relays} == {PacedRelay}
             target = await origin.accept()
             await target.send(bytes(20_000))
@@ -258,18 +214,10 @@ async def test_only_a_user_with_a_pace_has_relays_that_keep_one(caplog: pytest.L
             assert notes(caplog) == ["alice is over its bytes_per_s (100000): its streams are slowed down"]
             inbound.report()
             assert statistics(caplog, "reflex.inbound")["counters"]["bytes_into_tunnels"] == 20_000
-        await leave(remote)
+        remote.leave()
 
 
 # The month
-
-
-def rows(path: Path) -> list[tuple[str, str, int]]:
-    database = sqlite3.connect(path)
-    try:
-        return database.execute("SELECT name, month, bytes FROM usage ORDER BY month").fetchall()
-    finally:
-        database.close()
 
 
 def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
@@ -283,13 +231,13 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
     @in_loop
     async def run() -> None:
         async with running_inbound(limited(keys, monthly_bytes=1000, usage_file=path)) as (inbound, port):
-            assert inbound._usage is not None
-            inbound._usage._clock = lambda: now_s
+            assert inbound._users._usage is not None
+            inbound._users._usage._clock = lambda: now_s
             remote = await raw_client(port, keys)
             with Origin() as origin:
-                await opened(remote, origin)
+                await remote.ask(origin.address)
                 idle_target = await origin.accept()
-                stream, _ = await opened(remote, origin)
+                stream, _ = await remote.ask(origin.address)
                 target = await origin.accept()
                 remote.session.send(stream, bytes(400))
                 await remote.flush()
@@ -299,22 +247,18 @@ def test_a_month_that_is_used_up_ends_what_runs_and_the_next_one_opens_again(
                 await idle_target.expect_reset()
                 assert not limits_of(inbound).relays
                 for _ in range(2):
-                    _, seen = await opened(remote, origin)
+                    _, seen = await remote.ask(origin.address)
                     assert (seen.kind, seen.number) == (EventKind.REFUSED, Status.NOT_ALLOWED)
-                inbound._usage._clock = lambda: now_s + 31 * 86_400
-                assert (await opened(remote, origin))[1].kind is EventKind.OPENED
+                inbound._users._usage._clock = lambda: now_s + 31 * 86_400
+                assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
             assert limits_of(inbound).counters.streams_limited == 2
-            await leave(remote)
+            remote.leave()
 
     run()
-    assert rows(path) == [("alice", "2026-11", 1000)]
+    assert [row[1:] for row in rows(path)] == [("2026-11", "alice", 1000)]
     assert notes(caplog) == [
         "alice has used up monthly_bytes (1000): its streams are reset, and new ones refused until 2026-12-01 00:00 UTC"
     ]
-
-
-def test_it_is_written_in_the_interval_that_is_documented() -> None:
-    assert METER_INTERVAL_S * METERS_PER_WRITE == WRITE_INTERVAL_S
 
 
 def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
@@ -327,42 +271,18 @@ def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
         (address,) = await inbound.start()
         remote = await raw_client(port_of(address), keys)
         with Origin() as origin:
-            stream, _ = await opened(remote, origin)
+            stream, _ = await remote.ask(origin.address)
             target = await origin.accept()
             remote.session.send(stream, bytes(123))
             await remote.flush()
             await target.receive(123)
-        await leave(remote)
+        remote.leave()
         await until(lambda: not inbound._tunnels)
         await inbound.drain()
         inbound.abort()
 
     run()
-    assert [row[2] for row in rows(path)] == [123]
-
-
-@in_loop
-async def test_a_server_that_cannot_keep_what_was_used_does_not_start(tmp_path: Path) -> None:
-    keys = Keys.generate()
-    with pytest.raises(StartError, match="usage_file: cannot open"):
-        await Inbound(limited(keys, monthly_bytes=1, usage_file=tmp_path)).start()
-    busy = open_listening(HOST, 0)
-    settings = limited(keys, monthly_bytes=1, usage_file=tmp_path / "usage.sqlite")
-    settings = dataclasses.replace(settings, listen=(HostPort(HOST, busy.getsockname()[1]),))
-    inbound = Inbound(settings)
-    with pytest.raises(StartError, match="cannot listen"):
-        await inbound.start()
-    assert inbound._usage is not None
-    assert inbound._usage._is_closed
-    assert inbound._meter_timer is None
-    busy.close()
-
-
-@in_loop
-async def test_a_python_without_sqlite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reflex.usage", None)
-    with pytest.raises(StartError, match="usage_file: this Python has no SQLite"):
-        await Inbound(limited(Keys.generate(), monthly_bytes=1, usage_file=tmp_path / "usage.sqlite")).start()
+    assert [row[-1] for row in rows(path)] == [123]
 
 
 # Several workers
@@ -389,14 +309,15 @@ async def test_what_other_workers_have_counts() -> None:
     assert other.elsewhere(UserField.TUNNELS) == [1]
     other.publish(UserField.STREAMS, 1)
     with Origin() as origin:
-        stream, seen = await opened(remote, origin)
+        stream, seen = await remote.ask(origin.address)
         assert seen.kind is EventKind.OPENED
-        assert (await opened(remote, origin))[1].number == Code.LIMIT
+        assert (await remote.ask(origin.address))[1].number == Code.LIMIT
         assert other.elsewhere(UserField.STREAMS) == [1]
         remote.session.reset(stream, Code.CANCELLED)
         await remote.flush()
         await until(lambda: other.elsewhere(UserField.STREAMS) == [0])
-    await leave(remote, refused)
+    remote.leave()
+    refused.leave()
     await until(lambda: other.elsewhere(UserField.TUNNELS) == [0])
     inbound.abort()
 

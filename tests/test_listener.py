@@ -22,7 +22,9 @@ from reflex.net.listener import (
     open_shared,
 )
 from reflex.net.options import PLAIN_CONTROL
-from tests.pair import HOST, End, connect, in_loop, port_of, until
+from tests.ends import HOST, End, connect
+from tests.loops import in_loop, until
+from tests.pair import port_of
 
 
 class Guests:
@@ -44,7 +46,7 @@ class Guests:
 
 
 def make_listener(guests: Guests, host: str = HOST, port: int = 0) -> Listener:
-    return Listener(asyncio.get_running_loop(), host, port, guests)
+    return Listener(asyncio.get_running_loop(), open_listening(host, port), guests)
 
 
 @in_loop
@@ -78,18 +80,18 @@ async def test_more_than_one_turn_accepts_are_all_accepted() -> None:
 @in_loop
 async def test_after_so_many_accepts_it_is_the_others_turn() -> None:
     loop = asyncio.get_running_loop()
-    with Guests() as guests, Guests() as of_socket_guests:
+    with Guests() as guests, Guests() as others:
         listeners = [
-            Listener(loop, HOST, 0, guests, accepts_per_turn=2),
-            Listener.of_socket(loop, open_listening(HOST, 0), of_socket_guests, accepts_per_turn=3),
+            Listener(loop, open_listening(HOST, 0), guests, accepts_per_turn=2),
+            Listener(loop, open_listening(HOST, 0), others, accepts_per_turn=3),
         ]
         socks = [
             socket.create_connection((HOST, port_of(listener.address))) for listener in listeners for _ in range(5)
         ]
         for listener in listeners:
             listener._accept()
-        assert (len(guests.ends), len(of_socket_guests.ends)) == (2, 3)
-        await until(lambda: len(guests.ends) == len(of_socket_guests.ends) == 5)
+        assert (len(guests.ends), len(others.ends)) == (2, 3)
+        await until(lambda: len(guests.ends) == len(others.ends) == 5)
         for sock in socks:
             sock.close()
         for listener in listeners:
@@ -227,7 +229,7 @@ def test_an_error_that_nobody_expects_is_the_loops_to_report(monkeypatch: pytest
 @in_loop
 async def test_at_its_end_those_who_are_connected_are_accepted_and_others_are_refused() -> None:
     with Guests() as guests:
-        listener = Listener.of_socket(asyncio.get_running_loop(), open_listening(HOST, 0), guests)
+        listener = Listener(asyncio.get_running_loop(), open_listening(HOST, 0), guests)
         port = port_of(listener.address)
         early = [socket.create_connection((HOST, port)) for _ in range(3)]
         await listener.finish()

@@ -24,16 +24,15 @@ from reflex.protocol.handshake import (
     ServerCredentials,
     SessionSecrets,
     _mask_id,
-    _Transcript,
     derive_psk,
 )
+from reflex.protocol.noise import Transcript
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.session import Session
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import CLIENT_HELLO_SIZE, KEY_SIZE, SERVER_HELLO_SIZE, Code
-from tests.sessions import Pair
-from tests.test_handshake import (
+from tests.handshakes import (
     NOW,
     SERVER_PRIVATE,
     USER_ID,
@@ -46,6 +45,7 @@ from tests.test_handshake import (
     roots,
     stranger,
 )
+from tests.sessions import Pair
 
 SERVER_PUBLIC: Final = public_of(SERVER_PRIVATE)
 PSK: Final = derive_psk(USER_KEY, USER_ID)
@@ -59,7 +59,7 @@ def exchange(private: bytes, public: bytes) -> bytes:
 def forged_answer(hello: bytes, *, es: bytes, psk: bytes) -> bytes:
     """An answer by who knows neither more nor less than this, and has read the hello."""
     public, masked_id, sealed = hello[:32], hello[32:48], hello[48:]
-    transcript = _Transcript(masked_id, SERVER_PUBLIC)
+    transcript = Transcript(masked_id, SERVER_PUBLIC)
     transcript.mix_hello_keys(public, es, psk)
     transcript._mix_hash(sealed)
     private = os.urandom(KEY_SIZE)
@@ -154,14 +154,14 @@ def test_who_gets_every_long_lived_key_later_cannot_open_a_recorded_session() ->
         SERVER_PRIVATE,
     )
     for ee in known:
-        transcript = _Transcript(hello[32:48], SERVER_PUBLIC)
+        transcript = Transcript(hello[32:48], SERVER_PUBLIC)
         transcript.mix_hello_keys(hello[:32], known[0], PSK)
         options = transcript.decrypt_and_hash(hello[48:])
         assert options is not None
         assert int.from_bytes(options[:8]) == NOW
         tag = transcript.confirm(answer[:32], ee)
         assert tag[: SERVER_HELLO_SIZE - KEY_SIZE] != answer[KEY_SIZE:]
-        opened = roots(transcript.split(secrets.suite))
+        opened = roots(SessionSecrets(secrets.suite, *transcript.split()))
         assert not set(opened.values()) & set(roots(secrets).values())
 
 

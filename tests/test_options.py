@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 from reflex.net import options
-from reflex.net.options import KEEPALIVE_INTERVAL_S, PLAIN_CONTROL, is_loopback, set_options, set_unpaced
+from reflex.net.options import (
+    KEEPALIVE_INTERVAL_S,
+    PLAIN_CONTROL,
+    RESET_ON_CLOSE,
+    is_loopback,
+    set_fin_on_close,
+    set_options,
+    set_reset_on_close,
+    set_unpaced,
+)
 
 ONLY_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what Linux does")
 
@@ -91,3 +100,20 @@ def test_a_system_without_the_option_is_left_as_it_is(sock: socket.socket, monke
     before = control_of(sock)
     set_unpaced(sock)
     assert control_of(sock) == before
+
+
+def test_closing_sends_rst_or_fin_as_was_asked_last(sock: socket.socket) -> None:
+    def linger() -> bytes:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+
+    before = linger()
+    set_reset_on_close(sock)
+    assert linger() == RESET_ON_CLOSE
+    set_fin_on_close(sock)
+    assert linger() == before
+
+
+def test_how_it_ends_is_asked_of_a_socket_that_is_gone_without_harm(sock: socket.socket) -> None:
+    sock.close()
+    set_reset_on_close(sock)
+    set_fin_on_close(sock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -13,24 +12,22 @@ from reflex.net.paced import PacedRelay
 from reflex.net.relay import Relay
 from reflex.net.target import Dialling
 from reflex.protocol.address import Address
+from reflex.protocol.credit import hold
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code
 from reflex.worker import UserField, UserTable
-from tests.pair import DEADLINE_S, LOOPS, End, LoopFactory, Origin, Rig, in_loop, loops_from, until
+from tests.ends import End, Origin
+from tests.loops import DEADLINE_S, in_loop, until
+from tests.rig import Rig
 from tests.test_target import LOOPBACK
+
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 RATE: Final = 1_000_000
 SLOW: Final = 1_024  # what is beyond the first burst stays for as long as a test takes
 PATTERN: Final = bytes(range(251)) * 1000  # 251,000 bytes: a stream's window takes them at once
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 class Paced:
@@ -179,10 +176,10 @@ async def test_a_target_that_is_gone_when_the_first_bytes_come(pools: Pools) -> 
             made.target.reset()
             while not made.ends:
                 stream = made.relay.stream
-                rig.session._hold(stream, len(PATTERN))
+                hold(rig.session, stream, len(PATTERN))
                 made.relay.on_data(memoryview(PATTERN))
             assert rig.budget.buffered == 0
-            rig.session._hold(made.relay.stream, 5)
+            hold(rig.session, made.relay.stream, 5)
             made.relay.on_data(memoryview(b"later"))
             assert rig.budget.buffered == 0
 

@@ -15,7 +15,7 @@ from reflex.errors import DialError
 from reflex.net.dial import is_own_fault
 from reflex.net.resolver import Resolver
 from reflex.protocol.wire import Status
-from tests.pair import DEADLINE_S, in_loop, turns, until
+from tests.loops import DEADLINE_S, in_loop, turns, until
 
 FOUND = [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("192.0.2.1", 80))]
 

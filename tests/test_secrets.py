@@ -35,14 +35,7 @@ from reflex.protocol.keys import CipherState, next_root, traffic_key
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
 from reflex.protocol.wire import Suite
-from tests.pair import in_loop
-from tests.processes import (
-    Keys,
-    inbound_settings,
-    outbound_settings,
-    to_toml,
-)
-from tests.test_handshake import (
+from tests.handshakes import (
     SERVER_PRIVATE,
     USER_ID,
     USER_KEY,
@@ -53,6 +46,13 @@ from tests.test_handshake import (
     roots,
     server_credentials,
     stranger,
+)
+from tests.loops import in_loop
+from tests.processes import (
+    Keys,
+    inbound_settings,
+    outbound_settings,
+    to_toml,
 )
 
 # So much of a key's text, or of its bytes, is a leak: 9 bytes in base64, 6 in hexadecimal.

@@ -21,7 +21,9 @@ from reflex.protocol.handshake import accept_hello
 from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Status, Suite
-from tests.pair import DEADLINE_S, HOST, End, Keys, Origin, answer_of, in_loop, refusing_port, silent_port
+from tests.ends import HOST, End, Origin, refusing_port, silent_port
+from tests.keys import Keys, answer_of
+from tests.loops import DEADLINE_S, in_loop
 
 KEYS = Keys.generate()
 AGREE = "the clocks agree within 120 s, so the server's public key, the user id or the user key is wrong"

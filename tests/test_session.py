@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from reflex.errors import SessionClosed, StreamsExhausted
@@ -37,26 +35,6 @@ from tests.sessions import (
     frame,
     peer_of,
 )
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
-
-
-@pytest.fixture
-def server(pools: Pools) -> Iterator[Peer]:
-    """The peer of a client."""
-    with peer_of(pools, of_server=False) as peer:
-        yield peer
 
 
 class TestLibrary:

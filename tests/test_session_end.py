@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -24,31 +24,9 @@ from tests.sessions import (
     Peer,
     Seen,
     code,
-    connected,
     frame,
     goaway,
-    peer_of,
 )
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
-
-
-@pytest.fixture
-def server(pools: Pools) -> Iterator[Peer]:
-    """The peer of a client."""
-    with peer_of(pools, of_server=False) as peer:
-        yield peer
 
 
 class TestGoAway:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -31,13 +30,6 @@ from tests.sessions import (
 
 SEALING = 10_000  # bytes: what the tags and lengths of so many records may take at the most
 LAST_STREAM = 7  # ids that random frames speak of: the live ones and a few that were never opened
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
 
 
 def write_all(peer: Peer, records: list[bytes]) -> None:

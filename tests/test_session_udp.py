@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from reflex.errors import LocalError, StreamStateError
 from reflex.protocol.events import EventKind
-from reflex.protocol.pools import Pools
 from reflex.protocol.wire import (
     DATAGRAM_BACKLOG,
     STREAM_WINDOW,
@@ -16,20 +15,7 @@ from reflex.protocol.wire import (
     FrameType,
     Network,
 )
-from tests.sessions import TARGET, TO_UDP, Pair, Peer, Seen, connected, peer_of
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
+from tests.sessions import TARGET, TO_UDP, Pair, Peer, Seen
 
 
 class TestUdp:

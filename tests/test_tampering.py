@@ -31,8 +31,8 @@ from reflex.protocol.wire import (
     FrameType,
     Suite,
 )
+from tests.handshakes import accept, answer_of, client, flip, script
 from tests.sessions import SECRETS, Pair, frame
-from tests.test_handshake import accept, answer_of, client, flip, script
 from tests.test_wycheproof import X25519
 
 PlainFrame = tuple[int, int, bytes]  # type, stream, payload, as Frame.copy() gives them

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, NamedTuple
 
@@ -18,31 +17,16 @@ from reflex.net.relay import BULK_BYTES, Relay
 from reflex.net.target import DIALS_PER_TURN, Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
+from reflex.protocol.credit import hold
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType, Status
-from tests.pair import (
-    DEADLINE_S,
-    HOST,
-    LOOPS,
-    LoopFactory,
-    Origin,
-    Rig,
-    in_loop,
-    loops_from,
-    refusing_port,
-    silent_port,
-    turns,
-    until,
-)
+from tests.ends import HOST, Origin, refusing_port, silent_port
+from tests.loops import DEADLINE_S, in_loop, turns, until
+from tests.rig import Rig
 
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
+pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @pytest.fixture(params=["at once", "later"])
@@ -96,7 +80,7 @@ async def dialled(rig: Rig, address: Address, *, timeout_s: float = DEADLINE_S, 
 
 def held(rig: Rig, stream: Stream, data: bytes) -> memoryview:
     """As if these bytes had arrived for the stream."""
-    rig.session._hold(stream, len(data))
+    hold(rig.session, stream, len(data))
     return memoryview(data)
 
 

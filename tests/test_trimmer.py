@@ -9,7 +9,7 @@ import pytest
 from reflex.net import trimmer as trimmer_module
 from reflex.net.trimmer import Trimmer
 from reflex.pool import TIER_SPARE, TieredPool
-from tests.pair import in_loop, until
+from tests.loops import in_loop, until
 
 
 @in_loop

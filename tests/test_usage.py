@@ -14,7 +14,7 @@ import pytest
 from reflex import usage as usage_module
 from reflex.errors import StartError
 from reflex.usage import MonthlyUsage, UsageFile
-from tests.pair import in_loop, until
+from tests.loops import in_loop, until
 
 ALICE: Final = "b831381d-6324-4d53-ad4f-8cda48b30811"
 BOB: Final = "b831381d-6324-4d53-ad4f-8cda48b30812"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from reflex.net import vigil
@@ -12,17 +10,13 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import Code
-from tests.pair import LOOPS, LoopFactory, Rig, in_loop, loops_from, until
+from tests.loops import in_loop, until
+from tests.rig import Rig
 from tests.test_doors import TARGET, Entrance
 
+pytestmark = pytest.mark.usefixtures("each_loop")
+
 FIGURES = ("QUIET_S", "ANSWER_MIN_S", "ANSWER_UNKNOWN_S", "RECHECK_S")
-
-
-@pytest.fixture(autouse=True, params=LOOPS)
-def _each_loop(request: pytest.FixtureRequest) -> Iterator[None]:
-    factory: LoopFactory = request.param
-    with loops_from(factory):
-        yield
 
 
 @pytest.fixture(autouse=True)

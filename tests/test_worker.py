@@ -26,6 +26,7 @@ from reflex.worker import (
     RemoteReplaySet,
     SharedCount,
     SharedCounts,
+    SharedMemory,
     UserField,
     UserTable,
 )
@@ -52,6 +53,27 @@ def test_counts_are_shared_with_forked_processes() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert SharedCount(counts, 1).elsewhere() == 2**40
+
+
+def test_a_worker_that_has_ended_leaves_nothing_of_its_own_in_what_all_share() -> None:
+    memory = SharedMemory(2, 1)
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    first, second = (memory.context(number, [], ends[number - 1][0]) for number in (1, 2))
+    assert (first.number, second.number) == (1, 2)
+    memory.connections[0] = 9  # the parent's: the size of the replay set
+    assert len(first.replay) == len(second.replay) == 9
+    second.connections.publish(5)
+    second.tunnels.publish(4)
+    memory.users.row(2, 0).publish(UserField.TUNNELS, 3)
+    row = memory.users.row(1, 0)
+    assert (first.connections.elsewhere(), first.tunnels.elsewhere()) == (5, 4)
+    assert row.elsewhere(UserField.TUNNELS) == [3]
+    memory.clear(2)
+    assert (first.connections.elsewhere(), first.tunnels.elsewhere()) == (0, 0)
+    assert row.elsewhere(UserField.TUNNELS) == [0]
+    for pair in ends:
+        for sock in pair:
+            sock.close()
 
 
 def test_numbers_of_users_are_shared_with_forked_processes_and_cleared() -> None:

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from reflex.errors import RecordError
-from reflex.protocol.handshake import _exchange
 from reflex.protocol.keys import CipherState
+from reflex.protocol.noise import exchange
 from reflex.protocol.wire import KEY_SIZE, LENGTH_CHUNK_SIZE, NONCE_SIZE, RECORD_OVERHEAD, TAG_SIZE, Suite
 
 FOLDER: Final = Path(__file__).parent / "vectors" / "wycheproof"
@@ -194,7 +194,7 @@ def test_every_exchange_of_the_vectors_is_theirs_and_a_secret_of_zeros_is_refuse
         is_zero = "ZeroSharedSecret" in vector["flags"]
         assert is_zero == (not any(shared))
         expected = None if is_zero else shared
-        if _exchange(X25519PrivateKey.from_private_bytes(private), public) != expected:
+        if exchange(X25519PrivateKey.from_private_bytes(private), public) != expected:
             wrong.append(vector["tcId"])
         flags.update(vector["flags"])
     assert wrong == []

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from reflex.errors import SocksError, TunnelError
 from reflex.metrics import Counters
 from reflex.net.connector import Connector
+from reflex.net.options import set_fin_on_close, set_reset_on_close
 from reflex.net.pressure import Pressure
-from reflex.net.relay import Relay, set_fin_on_close, set_reset_on_close
+from reflex.net.relay import Relay
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address

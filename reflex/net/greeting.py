@@ -26,6 +26,7 @@ from reflex.errors import AuthenticationFailed, HandshakeError
 from reflex.metrics import Counters
 from reflex.net.failures import Failures
 from reflex.net.fallback import Fallback
+from reflex.net.silence import Silence
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials, accept_hello, looks_like_http_or_tls
 from reflex.protocol.pools import Pools
@@ -71,12 +72,12 @@ class Greeting:
     """
 
     __slots__ = (
-        "_discarding",
         "_door",
         "_fallback",
         "_hello",
         "_peer",
         "_received",
+        "_silence",
         "_sock",
         "_source",
         "_timer",
@@ -90,7 +91,7 @@ class Greeting:
         self._source = source
         self._hello: memoryview | None = None
         self._received = 0
-        self._discarding = False
+        self._silence: Silence | None = None
         self._fallback: Fallback | None = None
         self.ended = False
         self._timer = door.loop.call_later(door.handshake_timeout_s, self._on_timeout)
@@ -109,7 +110,7 @@ class Greeting:
     @property
     def is_undecided(self) -> bool:
         """Whether it has not been decided yet what it is, so that its bytes are awaited."""
-        return not (self.ended or self._discarding or self._fallback is not None)
+        return not (self.ended or self._silence is not None or self._fallback is not None)
 
     def _on_readable(self) -> None:
         pools = self._door.pools
@@ -224,31 +225,22 @@ class Greeting:
     def _on_timeout(self) -> None:
         if self._door.fallback is not None:
             self._give_to_fallback(self._door.fallback, _NOTHING, _NOTHING, read_ended=False)
-        elif self._discarding:
-            self.end(reset=False)
         else:
             self._discard_for(0.0)
 
     def _discard_for(self, at_least_s: float) -> None:
         """It is not Reflex, and nobody takes it: read and discard, for so long and a random time."""
         loop = self._door.loop
-        self._discarding = True
         self._drop_hello()
-        loop.remove_reader(self._sock)
-        loop.add_reader(self._sock, self._discard)
         self._timer.cancel()
+        loop.remove_reader(self._sock)
         wait_s = at_least_s + secrets.randbelow(SILENCE_MAX_MS + 1) / 1000
-        self._timer = loop.call_later(wait_s, self._on_timeout)
+        self._silence = Silence(loop, self._sock, wait_s=wait_s, on_end=self._on_silence_end)
 
-    def _discard(self) -> None:
-        try:
-            size = len(self._sock.recv(4_096))
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            size = 0
-        if not size:
-            self.end(reset=False)
+    def _on_silence_end(self) -> None:
+        self._silence = None
+        self.ended = True
+        self._door.on_end(self)
 
     def end(self, *, reset: bool) -> None:
         """Close the connection. Once; then nothing."""
@@ -256,6 +248,9 @@ class Greeting:
             return
         if self._fallback is not None:
             self._fallback.end(reset=reset)
+            return
+        if self._silence is not None:
+            self._silence.end()
             return
         self._leave()
         self._drop_hello()

@@ -39,51 +39,21 @@ class Listener:
     """One listening address.
 
     Args:
-        host: a name or address.
-        port: 0 for any free one.
+        sock: listens already, and is non-blocking; the listener's from now on.
         on_accept: called with each accepted socket, non-blocking, which is the callee's.
         on_pause: called whenever accepting pauses, for who counts that.
         accepts_per_turn: the most that are accepted before what else is ready gets its turn;
             None: ACCEPTS_PER_TURN.
-
-    Raises:
-        StartError: the address cannot be listened on; the text names it and says why.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        host: str,
-        port: int,
-        on_accept: Callable[[socket.socket], None],
-        on_pause: Callable[[], None] | None = None,
-        *,
-        accepts_per_turn: int | None = None,
-    ) -> None:
-        self._begin(loop, open_listening(host, port), on_accept, on_pause, accepts_per_turn)
-
-    @classmethod
-    def of_socket(
-        cls,
-        loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
         on_accept: Callable[[socket.socket], None],
         on_pause: Callable[[], None] | None = None,
         *,
         accepts_per_turn: int | None = None,
-    ) -> Listener:
-        """A listener on a socket that listens already; the socket is the listener's from now on."""
-        listener = cls.__new__(cls)
-        listener._begin(loop, sock, on_accept, on_pause, accepts_per_turn)
-        return listener
-
-    def _begin(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
-        on_accept: Callable[[socket.socket], None],
-        on_pause: Callable[[], None] | None,
-        accepts_per_turn: int | None,
     ) -> None:
         self._loop = loop
         self._on_accept = on_accept

@@ -1,4 +1,4 @@
-"""What is set on every TCP socket: what ``[tcp]`` in the settings asks for, and what loopback needs not.
+"""What is set on TCP sockets: what ``[tcp]`` in the settings asks for, what loopback needs not, how one ends.
 
 On loopback nothing is lost and nobody vanishes without the kernel's knowing. There keepalive probes
 tell nothing, and a congestion control that paces what it sends (BBR, a common default on servers) only
@@ -8,6 +8,7 @@ place, on connections whose two ends are this machine, and on no other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 import struct
@@ -16,6 +17,7 @@ from typing import Final
 KEEPALIVE_INTERVAL_S: Final = 30  # between unanswered probes, unless the silence before them is shorter
 PLAIN_CONTROL: Final = b"reno"  # tcp(7): built into every kernel, and every process may choose it
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
+_FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 _UNPACED: Final = frozenset((b"reno", b"cubic"))
 _NAME_BYTES: Final = 16  # TCP_CA_NAME_MAX in linux/tcp.h
 _CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)  # Linux alone has it
@@ -61,6 +63,18 @@ def set_unpaced(sock: socket.socket) -> None:
     """
     if _CONGESTION is not None and _is_paced():
         sock.setsockopt(socket.IPPROTO_TCP, _CONGESTION, PLAIN_CONTROL)
+
+
+def set_reset_on_close(sock: socket.socket) -> None:
+    """Let ``close()`` send RST in place of FIN: an end that no peer takes for a clean one."""
+    with contextlib.suppress(OSError):  # already gone: the peer has seen an end of its own
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
+
+def set_fin_on_close(sock: socket.socket) -> None:
+    """Let ``close()`` send FIN again, behind what was sent."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)
 
 
 @functools.cache

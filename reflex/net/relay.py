@@ -16,14 +16,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 import sys
 from collections.abc import Callable
 from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
-from reflex.net.options import RESET_ON_CLOSE, set_unpaced
+from reflex.net.options import set_fin_on_close, set_unpaced
 from reflex.net.tunnel import SHARED_READ_BYTES, Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
@@ -35,8 +34,6 @@ MAX_READ_BYTES: Final = MAX_PAYLOAD_SIZE
 SENDS_PER_TURN: Final = 8
 BULK_BYTES: Final = 16_384  # a piece of this size is bulk data
 NEVER: Final = sys.maxsize
-
-_FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 
 
 class Relay:
@@ -397,15 +394,3 @@ class Relay:
         if self.stream.is_closed:
             self.stream.owner = None  # no cycle is left, so that nobody has to collect this
         self._on_end(self)
-
-
-def set_reset_on_close(sock: socket.socket) -> None:
-    """Let ``close()`` send RST in place of FIN: an end that no peer takes for a clean one."""
-    with contextlib.suppress(OSError):  # already gone: the peer has seen an end of its own
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-
-
-def set_fin_on_close(sock: socket.socket) -> None:
-    """Let ``close()`` send FIN again, behind what was sent."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)

@@ -13,8 +13,8 @@ from typing import Final
 from reflex.errors import DialError
 from reflex.metrics import Counters
 from reflex.net.dial import begin_connect, dial, finish_connect, is_connected
-from reflex.net.options import is_loopback
-from reflex.net.relay import BULK_BYTES, Relay, set_reset_on_close
+from reflex.net.options import is_loopback, set_reset_on_close
+from reflex.net.relay import BULK_BYTES, Relay
 from reflex.net.resolver import Resolver
 from reflex.net.targets import TargetPolicy
 from reflex.net.tunnel import Tunnel

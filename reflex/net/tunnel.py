@@ -23,21 +23,19 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from reflex.errors import ProtocolError
 from reflex.loop import DirectLoop
 from reflex.metrics import Counters
-from reflex.net.hangup import hung_up
+from reflex.net.dispatch import StreamOwner, dispatch
+from reflex.net.silence import Silence
+from reflex.net.upkeep import on_tick, ticks_for, watch
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.session import Session
-from reflex.protocol.wire import (
-    FATAL_DISCARD_BYTES,
-    FATAL_DISCARD_MAX_S,
-    FATAL_DISCARD_MIN_S,
-    Code,
-)
+from reflex.protocol.wire import FATAL_DISCARD_BYTES, FATAL_DISCARD_MAX_S, FATAL_DISCARD_MIN_S, Code
 
 if TYPE_CHECKING:
     from reflex.net.vigil import Vigil
@@ -54,31 +52,7 @@ SMALL_FRAMES_PER_TURN: Final = 500
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
-TICK_MAX_S: Final = 1.0  # how often liveness, idle streams and lost connections are looked at
-TICK_MIN_S: Final = 0.25
-TICKS_PER_TIMEOUT: Final = 4
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
-
-
-class StreamOwner(Protocol):
-    """What a tunnel asks of a stream's owner: a relay."""
-
-    last_tick: int
-
-    @property
-    def ended(self) -> bool: ...
-    @property
-    def fd(self) -> int: ...
-    @property
-    def waiting_bytes(self) -> int: ...
-    def on_opened(self) -> None: ...
-    def on_refused(self, status: int) -> None: ...
-    def on_data(self, data: memoryview) -> None: ...
-    def on_fin(self) -> None: ...
-    def on_reset(self, code: int) -> None: ...
-    def on_writable(self) -> None: ...
-    def on_idle(self) -> None: ...
-    def on_hang_up(self) -> None: ...
 
 
 class Resumable(Protocol):
@@ -108,7 +82,6 @@ class Tunnel:
         "_at_turn_end",
         "_close_timer",
         "_counters",
-        "_discard_bytes",
         "_fd",
         "_idle_ticks",
         "_label",
@@ -134,6 +107,7 @@ class Tunnel:
         "session",
         "settled",
         "shared_turns",
+        "silence",
         "tick",
         "turn",
         "vigil",
@@ -180,13 +154,12 @@ class Tunnel:
         self.close_code: int | None = None  # of the peer's CLOSE, once it has come
         self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
         self.idle_since_s = loop.time()
-        self._discard_bytes = 0
+        self.silence: Silence | None = None  # after a fatal error, what reads the socket to its end
         self._close_timer: asyncio.TimerHandle | None = None
         self.tick = 0
         self.turn = 0  # how often it was read
-        self._tick_s = max(TICK_MIN_S, min(TICK_MAX_S, idle_timeout_s / TICKS_PER_TIMEOUT))
-        self._idle_ticks = max(1, round(idle_timeout_s / self._tick_s))
-        self._tick_timer = loop.call_later(self._tick_s, self._on_tick)
+        self._tick_s, self._idle_ticks = ticks_for(idle_timeout_s)
+        self._tick_timer = loop.call_later(self._tick_s, on_tick, self)
         counters.tunnels_opened += 1
         session.ping()  # the round trip is known before the first window is used up
         loop.add_reader(self._fd, self._on_readable)
@@ -212,7 +185,7 @@ class Tunnel:
         self.session.now_s = self._loop.time()
         try:
             for event in self.session.feed(data):
-                self._dispatch(event)
+                dispatch(self, event)
                 if self.ended:
                     break
         except ProtocolError as error:
@@ -264,7 +237,7 @@ class Tunnel:
                 if event.kind is _DATA:
                     event.stream.owner.on_data(event.data)  # type: ignore[union-attr]  # DATA has a stream
                 else:
-                    self._dispatch(event)
+                    dispatch(self, event)
                 if self.ended:
                     break  # its buffers are gone
         except ProtocolError as error:
@@ -286,51 +259,6 @@ class Tunnel:
     def _after_events(self) -> None:
         if not self.ended and self.session.unsent_bytes:
             self.flush_soon()
-
-    def _dispatch(self, event: Event) -> None:
-        kind, stream = event.kind, event.stream
-        if stream is None:
-            if kind is EventKind.WRITABLE:
-                for each in list(self.session.streams.values()):
-                    if each.owner is not None:
-                        each.owner.on_writable()
-            elif kind is EventKind.GOAWAY:
-                log.info("%s: the peer takes no new streams (%s)", self._label, _code_name(event.number))
-                self.stream_ended()
-            elif kind is EventKind.SETTINGS:
-                if self._on_settings is not None and self.session.peer_time_ms and not self.settled.is_set():
-                    self._on_settings(self.session.peer_time_ms)
-                self.settled.set()
-            elif kind is EventKind.CLOSED:
-                log.debug("%s: closed by the peer (%s)", self._label, _code_name(event.number))
-                self.close_code = event.number
-                self._finish_end()
-            return
-        owner: StreamOwner = stream.owner
-        if kind is EventKind.DATA:
-            owner.on_data(event.data)
-        elif kind is EventKind.OPEN:
-            self._counters.streams_opened += 1
-            if self._on_open is not None:
-                self._on_open(self, event)
-        elif kind is EventKind.OPENED:
-            owner.on_opened()
-        elif kind is EventKind.FIN:
-            owner.on_fin()
-            self.stream_ended()
-        elif kind is EventKind.WRITABLE:
-            owner.on_writable()
-        elif kind is EventKind.REFUSED:
-            self._counters.streams_refused += 1
-            owner.on_refused(event.number)
-            self.stream_ended()
-        elif kind is EventKind.RESET:
-            self._counters.streams_reset += 1
-            if owner is not None:
-                owner.on_reset(event.number)
-            self.stream_ended()
-        elif kind is EventKind.DATAGRAM:
-            self.session.consumed(stream, len(event.data))
 
     def _on_eof(self) -> None:
         if self.session.close_received or self.session.close_sent:
@@ -387,7 +315,7 @@ class Tunnel:
                 if not self.is_blocked:
                     self.is_blocked = True
                     session.shrink()
-                    self._loop.add_writer(self._fd, self._on_socket_writable)
+                    self._loop.add_writer(self._fd, self.send)
                 return
         if self.is_blocked:
             self.is_blocked = False
@@ -399,55 +327,6 @@ class Tunnel:
                 relay.resume()
         if session.close_sent and not session.unsent_bytes:
             self._shut_down()
-
-    def _on_socket_writable(self) -> None:
-        self.send()
-
-    # Time.
-
-    def _on_tick(self) -> None:
-        """Look for a dead peer, for idle streams; send a PING where one is due."""
-        if self.ended:
-            return
-        session = self.session
-        self.tick += 1
-        session.now_s = self._loop.time()
-        if session.is_dead():
-            self.cut("no sign of life from the peer")
-            return
-        oldest = self.tick - self._idle_ticks
-        for owner in idle_owners((stream.owner for stream in session.streams.values()), oldest):
-            owner.on_idle()
-        for owner in idle_owners(self.draining, oldest):
-            owner.on_idle()
-        self._look_for_hang_ups()
-        if self.ended:
-            return
-        if session.unsent_bytes:
-            self.flush_soon()
-        # A dead peer is found when its time is over, not a tick later.
-        next_s = min(self._tick_s, max(session.silence_left_s, TICK_MIN_S))
-        self._tick_timer = self._loop.call_later(next_s, self._on_tick)
-
-    def _look_for_hang_ups(self) -> None:
-        owners = {
-            owner.fd: owner
-            for owner in (*(stream.owner for stream in self.session.streams.values()), *self.draining)
-            if owner is not None and owner.fd >= 0
-        }
-        for fd in hung_up((self._fd, *owners)):
-            if fd == self._fd:
-                self._read_rest()
-            else:
-                owners[fd].on_hang_up()
-            if self.ended:
-                return
-
-    def _read_rest(self) -> None:
-        """The connection is gone: what came before its end is still to be read, and no event tells of it."""
-        if not self.ended:
-            self._on_readable()
-            self._loop.call_soon(self._read_rest)
 
     # The end.
 
@@ -517,20 +396,11 @@ class Tunnel:
         self._waiting.clear()
         # Relays that only deliver what had arrived go on, but not for longer than an idle stream may.
         for relay in self.draining:
-            self._watch(relay)
+            watch(self, relay)
         self.draining.clear()
         self.last_talker = None
         self._on_end(self)
         return True
-
-    def _watch(self, relay: StreamOwner, waiting_bytes: int = -1) -> None:
-        """A relay goes on without its tunnel, as long as its socket takes something in every idle time-out."""
-        if relay.ended:
-            return
-        if relay.waiting_bytes == waiting_bytes:
-            relay.on_idle()
-            return
-        self._loop.call_later(self._tick_s * self._idle_ticks, self._watch, relay, relay.waiting_bytes)
 
     def _fail(self, error: ProtocolError) -> None:
         """Fatal error: send nothing, swallow what comes for a random time or length, close."""
@@ -538,41 +408,11 @@ class Tunnel:
         self._counters.protocol_errors += 1
         if not self._leave():
             return
-        self._discard_bytes = secrets.randbelow(FATAL_DISCARD_BYTES + 1)
+        limit_bytes = secrets.randbelow(FATAL_DISCARD_BYTES + 1)
         span_ms = (FATAL_DISCARD_MAX_S - FATAL_DISCARD_MIN_S) * 1000
         wait_s = FATAL_DISCARD_MIN_S + secrets.randbelow(span_ms + 1) / 1000
-        self._close_timer = self._loop.call_later(wait_s, self._end_discarding)
-        self._loop.add_reader(self._fd, self._discard)
-        if self._on_discard is not None:
-            self._on_discard(1)
-
-    def _discard(self) -> None:
-        try:
-            size = len(self._sock.recv(4096))
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            size = 0
-        self._discard_bytes -= size
-        if not size or self._discard_bytes < 0:
-            self._end_discarding()
-
-    def _end_discarding(self) -> None:
-        if self._close_timer is not None:
-            self._close_timer.cancel()
-        self._loop.remove_reader(self._fd)
-        self._sock.close()
-        if self._on_discard is not None:
-            self._on_discard(-1)
-
-
-def idle_owners(owners: Iterable[StreamOwner | None], oldest_tick: int) -> list[StreamOwner]:
-    """Those that moved no byte since before ``oldest_tick``."""
-    return [owner for owner in owners if owner is not None and owner.last_tick < oldest_tick]
-
-
-def _code_name(code: int) -> str:
-    try:
-        return Code(code).name.lower().replace("_", " ")
-    except ValueError:
-        return f"code {code}"
+        on_discard = self._on_discard
+        on_end = partial(on_discard, -1) if on_discard is not None else None
+        self.silence = Silence(self._loop, self._sock, wait_s=wait_s, limit_bytes=limit_bytes, on_end=on_end)
+        if on_discard is not None:
+            on_discard(1)

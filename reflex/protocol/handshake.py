@@ -30,14 +30,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256, Hash
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from reflex.confidential import Confidential, FrozenConfidential
 from reflex.errors import AuthenticationFailed, ClockSkew, ConfigError, UnsupportedHello
+from reflex.protocol.noise import Transcript, exchange
 from reflex.protocol.replay import ReplayMemory
 from reflex.protocol.wire import (
     CLIENT_HELLO,
@@ -45,9 +44,6 @@ from reflex.protocol.wire import (
     HELLO_TIME_LIMIT_S,
     ID_INFO,
     KEY_SIZE,
-    NOISE_NAME,
-    NONCE_SIZE,
-    PROLOGUE,
     PSK_INFO,
     SERVER_HELLO,
     TIME_OPTIONS,
@@ -61,9 +57,6 @@ RandomBytes: TypeAlias = Callable[[int], bytes]
 
 _SHA256: Final = SHA256()
 _SUITES: Final = frozenset(Suite)
-
-# Every sealing of the handshake follows a MixKey, which puts Noise's counter back to 0.
-_NONCE_0: Final = bytes(NONCE_SIZE)
 
 # The first two bytes of every TLS 1.x record that opens a connection: type 22 (handshake), major
 # version 3 (RFC 8446, section 5.1). The methods of RFC 9110 (section 9.3) and RFC 5789, and the
@@ -173,7 +166,7 @@ class ClientCredentials(FrozenConfidential):
     def __init__(self, server_public: bytes, user_id: bytes, user_key: bytes) -> None:
         _check_size("server public key", server_public, KEY_SIZE)
         # Whether a point is of low order does not depend on the private key that meets it.
-        if _exchange(X25519PrivateKey.from_private_bytes(b"\x01" * KEY_SIZE), server_public) is None:
+        if exchange(X25519PrivateKey.from_private_bytes(b"\x01" * KEY_SIZE), server_public) is None:
             raise ConfigError(["server public key: a point of low order; expected a server's public key"])
         self._set(
             server_public=server_public,
@@ -227,7 +220,7 @@ class ClientHandshake(Confidential):
         options = TIME_OPTIONS.pack(time_s, VERSION << 4 | suite, 0, random_bytes(2))
         es = ephemeral.exchange(credentials.server_key)
         masked_id = _mask_id(credentials.user_id, public, es, credentials.server_public)
-        transcript = _Transcript(masked_id, credentials.server_public)
+        transcript = Transcript(masked_id, credentials.server_public)
         transcript.mix_hello_keys(public, es, credentials.psk)
         self._hello = CLIENT_HELLO.pack(public, masked_id, transcript.encrypt_and_hash(options))
         self._ephemeral = ephemeral
@@ -248,13 +241,13 @@ class ClientHandshake(Confidential):
             AuthenticationFailed: it is not the answer of that server to this hello.
         """
         server_public, confirmation = SERVER_HELLO.unpack(answer)
-        ee = _exchange(self._ephemeral, server_public)
+        ee = exchange(self._ephemeral, server_public)
         if ee is None:
             raise AuthenticationFailed("the answer is not the server's")
         tag = self._transcript.confirm(server_public, ee)
         if not hmac.compare_digest(tag[:CONFIRMATION_SIZE], confirmation):
             raise AuthenticationFailed("the answer is not the server's")
-        return self._transcript.split(self._suite)
+        return SessionSecrets(self._suite, *self._transcript.split())
 
 
 def accept_hello(
@@ -311,7 +304,7 @@ class AcceptedHello(Confidential):
     suite: Suite
     time_s: int
     _client_public: bytes = field(repr=False)
-    _transcript: _Transcript = field(repr=False)
+    _transcript: Transcript = field(repr=False)
 
     def write_answer(self, out: memoryview, *, random_bytes: RandomBytes) -> SessionSecrets:
         """Fill the first 40 bytes of ``out`` with the server's hello; the buffer stays the caller's.
@@ -324,87 +317,22 @@ class AcceptedHello(Confidential):
         ee = ephemeral.exchange(X25519PublicKey.from_public_bytes(self._client_public))
         tag = self._transcript.confirm(public, ee)
         SERVER_HELLO.pack_into(out, 0, public, tag[:CONFIRMATION_SIZE])
-        return self._transcript.split(self.suite)
-
-
-class _Transcript(Confidential):
-    """Noise's SymmetricState (revision 34, section 5.2), with the token runs of this one pattern.
-
-    Noise's HKDF is RFC 5869's with an empty info.
-    """
-
-    __slots__ = ("_chaining_key", "_hash", "_key")
-
-    def __init__(self, masked_id: bytes, server_public: bytes) -> None:
-        """``Initialize; MixHash("reflex/1" ‖ EncID); MixHash(S)``."""
-        self._chaining_key = self._hash = _INITIAL_HASH
-        self._key = b""  # none yet: set by the first MixKey
-        self._mix_hash(PROLOGUE + masked_id)
-        self._mix_hash(server_public)
-
-    def mix_hello_keys(self, client_public: bytes, es: bytes, psk: bytes) -> None:
-        """``MixHash(E); MixKey(E); MixKey(es); MixKeyAndHash(psk)``."""
-        self._mix_hash(client_public)
-        self._mix_key(client_public)
-        self._mix_key(es)
-        mixed = HKDF(_SHA256, 3 * KEY_SIZE, self._chaining_key, b"").derive(psk)
-        self._chaining_key, self._key = mixed[:KEY_SIZE], mixed[2 * KEY_SIZE :]
-        self._mix_hash(mixed[KEY_SIZE : 2 * KEY_SIZE])
-
-    def encrypt_and_hash(self, plaintext: bytes) -> bytes:
-        """The sealed text: 16 bytes longer than ``plaintext``."""
-        sealed = ChaCha20Poly1305(self._key).encrypt(_NONCE_0, plaintext, self._hash)
-        self._mix_hash(sealed)
-        return sealed
-
-    def decrypt_and_hash(self, sealed: bytes) -> bytes | None:
-        """The plaintext; None where the tag does not verify."""
-        try:
-            plaintext = ChaCha20Poly1305(self._key).decrypt(_NONCE_0, sealed, self._hash)
-        except InvalidTag:
-            return None
-        self._mix_hash(sealed)
-        return plaintext
-
-    def confirm(self, server_public: bytes, ee: bytes) -> bytes:
-        """``MixHash(F); MixKey(F); MixKey(ee)``, then ``T16``: all 16 bytes of it enter the hash."""
-        self._mix_hash(server_public)
-        self._mix_key(server_public)
-        self._mix_key(ee)
-        return self.encrypt_and_hash(b"")
-
-    def split(self, suite: Suite) -> SessionSecrets:
-        """``r_c2s, r_s2c, exporter = Noise-HKDF(ck, "", 3)``; the channel binding is ``h``."""
-        roots = HKDF(_SHA256, 3 * KEY_SIZE, self._chaining_key, b"").derive(b"")
-        return SessionSecrets(
-            suite=suite,
-            root_client_to_server=roots[:KEY_SIZE],
-            root_server_to_client=roots[KEY_SIZE : 2 * KEY_SIZE],
-            exporter=roots[2 * KEY_SIZE :],
-            handshake_hash=self._hash,
-        )
-
-    def _mix_hash(self, data: bytes) -> None:
-        self._hash = _sha256(self._hash + data)
-
-    def _mix_key(self, input_key: bytes) -> None:
-        mixed = HKDF(_SHA256, 2 * KEY_SIZE, self._chaining_key, b"").derive(input_key)
-        self._chaining_key, self._key = mixed[:KEY_SIZE], mixed[KEY_SIZE:]
+        return SessionSecrets(self.suite, *self._transcript.split())
 
 
 def _open_hello(
     client_public: bytes, masked_id: bytes, sealed: bytes, credentials: ServerCredentials, *, stand_in: bytes
-) -> tuple[bytes, _Transcript, bytes] | None:
+) -> tuple[bytes, Transcript, bytes] | None:
     """User id, transcript and options of an authentic hello; None for any other, at the same cost.
 
     ``stand_in`` is 32 random bytes for the secrets that such a hello may lack.
     """
-    es = _exchange(credentials.server_key, client_public)
+    es = exchange(credentials.server_key, client_public)
     if es is None:
         es = stand_in
     user_id = _mask_id(masked_id, client_public, es, credentials.server_public)
     psk = credentials.psks.get(user_id, stand_in)
-    transcript = _Transcript(masked_id, credentials.server_public)
+    transcript = Transcript(masked_id, credentials.server_public)
     transcript.mix_hello_keys(client_public, es, psk)
     options = transcript.decrypt_and_hash(sealed)
     return None if options is None else (user_id, transcript, options)
@@ -425,24 +353,6 @@ def _mask_id(user_id: bytes, client_public: bytes, es: bytes, server_public: byt
     return (int.from_bytes(user_id, "big") ^ int.from_bytes(mask, "big")).to_bytes(USER_ID_SIZE, "big")
 
 
-def _exchange(private: X25519PrivateKey, public: bytes) -> bytes | None:
-    """The shared secret; None for a point of low order, which X25519 refuses (RFC 7748, section 6.1)."""
-    try:
-        return private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        return None
-
-
-def _sha256(data: bytes) -> bytes:
-    digest = Hash(_SHA256)
-    digest.update(data)
-    return digest.finalize()
-
-
 def _check_size(what: str, value: bytes, size: int) -> None:
     if len(value) != size:
         raise ConfigError([f"{what}: {len(value)} bytes; expected {size}"])
-
-
-# Noise revision 34, section 5.2: a name longer than the hash is hashed.
-_INITIAL_HASH: Final = _sha256(NOISE_NAME)

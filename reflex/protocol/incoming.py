@@ -1,9 +1,9 @@
 """What each frame does to a session: the receiving half of :mod:`reflex.protocol.session`.
 
-One function for each frame type but DATA, which the session takes itself. Each checks what section 5
-of docs/protocol.md says of its type, charges the peer for what is of no use, and gives out the events
-that follow. They belong to the session and use its internals; they stand in a file of their own so that
-each file can be read in one go.
+:func:`take` is handed every frame but DATA, which the session takes itself. One function for each type checks
+what section 5 of docs/protocol.md says of it, charges the peer for what is of no use, and gives out the
+events that follow. They belong to the session and use its internals; they stand in a file of their own so
+that each file can be read in one go.
 
 Raises, everywhere: FrameError or FlowControlError, or ProtocolError where the peer has nothing left to be
 charged; all of them are fatal to the session.
@@ -18,6 +18,7 @@ from reflex.errors import AddressError, FlowControlError, FrameError
 from reflex.protocol import streams as st
 from reflex.protocol.address import decode_address
 from reflex.protocol.allowance import ABANDONED_COST, PLAIN_COST, RESET_COST, SESSION_COST, USEFUL_BYTES
+from reflex.protocol.credit import give_session_credit, hold
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import Frame
 from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
@@ -25,6 +26,7 @@ from reflex.protocol.streams import Stream
 from reflex.protocol.wire import (
     CODE,
     DATAGRAM_BACKLOG,
+    FIRST_IGNORED_TYPE,
     GOAWAY,
     INCREMENT,
     PING_SIZE,
@@ -40,6 +42,35 @@ if TYPE_CHECKING:
     from reflex.protocol.session import Session
 
 
+def take(session: Session, frame_type: int, stream_id: int, payload: memoryview) -> Iterator[Event]:
+    """Take any frame but DATA; and any at all once the session is ending."""
+    if session._is_ending and (session.close_received or frame_type != FrameType.CLOSE):
+        return  # nothing is answered after CLOSE, and nothing said after it counts
+    handler = HANDLERS.get(frame_type)
+    if handler is not None:
+        frame = session._frames.acquire()
+        try:
+            frame.type = frame_type
+            frame.stream_id = stream_id
+            frame.payload = payload
+            yield from handler(session, frame)
+        finally:
+            session._frames.release(frame)
+    elif frame_type < FIRST_IGNORED_TYPE:
+        raise FrameError(f"a frame of unknown type {frame_type:#04x}")
+    else:
+        session._allowance.charge(PLAIN_COST, session.now_s)
+    session._check_answers()
+
+
+def take_late_data(session: Session, stream_id: int, size_bytes: int) -> None:
+    """Take DATA for a stream that has ended: its bytes are nobody's."""
+    _check_was_opened(session, stream_id)
+    if size_bytes < USEFUL_BYTES:
+        session._allowance.charge(PLAIN_COST, session.now_s)
+    give_session_credit(session, size_bytes)
+
+
 def on_pad(session: Session, frame: Frame) -> Iterator[Event]:
     check_session_frame(frame)
     session._allowance.charge(PLAIN_COST, session.now_s)
@@ -52,12 +83,12 @@ def on_data_fin(session: Session, frame: Frame) -> Iterator[Event]:
     session._receive_window.receive(size)
     if stream is None:
         session._allowance.charge(PLAIN_COST, session.now_s)
-        session._give_session_credit(size)
+        give_session_credit(session, size)
         return
     if not stream.can(st.RECEIVE_FIN) or stream.network != Network.TCP:
         raise FrameError(f"DATA_FIN on {stream!r}")
     if size:
-        session._hold(stream, size)
+        hold(session, stream, size)
         event = session._event.set(EventKind.DATA, stream)
         event.data = frame.payload
         yield event
@@ -220,8 +251,14 @@ def stream_of(session: Session, frame: Frame) -> Stream | None:
     """
     stream = session.streams.get(frame.stream_id)
     if stream is None:
-        session._check_was_opened(frame.stream_id)
+        _check_was_opened(session, frame.stream_id)
     return stream
+
+
+def _check_was_opened(session: Session, stream_id: int) -> None:
+    # Ids of the client are odd and rising; version 1's server opens none.
+    if stream_id % 2 == 0 or stream_id > session._highest_id:
+        raise FrameError(f"a frame for stream {stream_id}, which was never opened")
 
 
 HANDLERS: Final[dict[int, Callable[[Session, Frame], Iterator[Event]]]] = {

@@ -1,16 +1,14 @@
 """Many streams over one connection: bytes in, events out; calls in, bytes out.
 
-Strategy. The session owns an encoder and a decoder and every rule of docs/protocol.md, section 5. It
+Strategy. The session owns an encoder and a decoder and every rule of docs/protocol.md, section 5: what is
+sent in :mod:`reflex.protocol.outgoing`, what each frame but DATA does in :mod:`reflex.protocol.incoming`,
+flow control's credit in :mod:`reflex.protocol.credit`. Here is the walk through what was received. It
 does no I/O: the application receives into :meth:`Session.receive_buffer`, draws :meth:`Session.events`,
 makes calls, and sends :meth:`Session.output`. It knows no clock: the application sets ``now_s``.
 
 What a peer may make this side keep is bounded: DATA by the windows, streams by the limit that SETTINGS
 announced, answers (PONG, RESET, WINDOW) by MAX_UNSENT_BYTES, after which the session is over. So it is
 after too many frames that are of no use to anybody (:mod:`reflex.protocol.allowance`).
-
-Credit of a stream is given back when the application has consumed the bytes. Credit of the session is
-given back on arrival, so that one stream whose reader is slow does not stop the others, for as long as
-the owner's share of the process's budget lasts; from there on it, too, waits for the reader.
 """
 
 from __future__ import annotations
@@ -18,46 +16,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from reflex.errors import (
-    FrameError,
-    LocalError,
-    ProtocolError,
-    SessionClosed,
-    StreamsExhausted,
-    StreamStateError,
-    WindowExceeded,
-)
-from reflex.protocol import streams as st
-from reflex.protocol.address import Address
-from reflex.protocol.allowance import PLAIN_COST, USEFUL_BYTES, Allowance
+from reflex.errors import FrameError, ProtocolError
+from reflex.protocol.allowance import Allowance
+from reflex.protocol.credit import give_session_credit, give_stream_credit, give_withheld_credit
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
-from reflex.protocol.incoming import HANDLERS
+from reflex.protocol.incoming import take, take_late_data
 from reflex.protocol.keys import CipherState
 from reflex.protocol.liveness import Liveness
+from reflex.protocol.outgoing import SendingHalf
 from reflex.protocol.pools import Pools
 from reflex.protocol.share import Share
-from reflex.protocol.streams import MAY_RECEIVE, MAY_SEND, Stream
-from reflex.protocol.window import GROWTH_FACTOR, MAX_STREAM_RECEIVE_WINDOW, Budget, ReceiveWindow, SendWindow
+from reflex.protocol.streams import MAY_RECEIVE, Stream
+from reflex.protocol.window import Budget
 from reflex.protocol.wire import (
-    CODE,
     DEFAULT_MAX_STREAMS,
-    FIRST_IGNORED_TYPE,
     FRAME_HEADER,
     FRAME_HEADER_SIZE,
-    GOAWAY,
-    INCREMENT,
     KEEPALIVE_S,
     MAX_FRAME_SIZE,
-    MAX_STREAM_ID,
-    SESSION_WINDOW,
     SETTING,
-    Code,
     FrameType,
-    Network,
     Setting,
-    Status,
 )
 
 # Answers that wait for a peer which does not read them; DATA is bounded by the windows.
@@ -72,7 +53,7 @@ _DATA_EVENT: Final = EventKind.DATA
 _unpack_header = FRAME_HEADER.unpack_from
 
 
-class Session:
+class Session(SendingHalf):
     """One session. Made by :meth:`client` or :meth:`server`; its SETTINGS are packed at once.
 
     Attributes:
@@ -87,31 +68,17 @@ class Session:
 
     __slots__ = (
         "_allowance",
-        "_budget",
         "_decoder",
-        "_encoder",
         "_event",
         "_frames",
-        "_goaway_received",
-        "_goaway_sent",
-        "_highest_id",
-        "_is_client",
-        "_is_ending",
-        "_is_over",
         "_left_off",
         "_liveness",
         "_max_streams",
-        "_peer_max_streams",
-        "_receive_window",
-        "_send_window",
         "_withheld",
-        "close_received",
-        "close_sent",
         "now_s",
         "peer_time_ms",
         "sealed_records",
         "share",
-        "streams",
     )
 
     def __init__(
@@ -130,33 +97,21 @@ class Session:
         outgoing, incoming = secrets.root_client_to_server, secrets.root_server_to_client
         if not is_client:
             outgoing, incoming = incoming, outgoing
-        self._encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
-        self.sealed_records: Sequence[object] = self._encoder.records
+        self.share = share or Share(budget or Budget())
+        encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
+        super().__init__(encoder, self.share.budget, is_client=is_client)
+        self.sealed_records: Sequence[object] = encoder.records
         self._decoder = FrameDecoder(CipherState(secrets.suite, incoming), pools.buffers, pools.frames)
         self._frames = pools.frames
         self._event = Event()
-        self._is_client = is_client
-        self.share = share or Share(budget or Budget())
-        self._budget = self.share.budget
-        self.streams: dict[int, Stream] = {}
-        self._highest_id = -1  # of the client's streams: the last one opened
         self._max_streams = 0 if is_client else max_streams  # what the peer may have open
-        self._peer_max_streams = DEFAULT_MAX_STREAMS
-        self._send_window = SendWindow(SESSION_WINDOW)
-        self._receive_window = ReceiveWindow(SESSION_WINDOW)
         self._withheld = 0  # received bytes whose session credit waits for the reader
         self.now_s = now_s
         self._liveness = Liveness(keepalive_s, now_s)
         self._allowance = Allowance(now_s)
         self.peer_time_ms = 0
-        self._goaway_sent = False
-        self._goaway_received = False
         self._left_off: tuple[memoryview, int] | None = None  # where the last draw stopped: the body, the next frame
-        self._is_over = False  # close_buffers was called
-        self._is_ending = False  # it was, or CLOSE was sent or received
-        self.close_sent = False
-        self.close_received = False
-        self._encoder.write(
+        encoder.write(
             FrameType.SETTINGS,
             0,
             SETTING.pack(Setting.MAX_STREAMS, self._max_streams)
@@ -279,7 +234,7 @@ class Session:
                     if end > size:
                         raise FrameError(f"a frame passes the end of its body by {end - size} bytes")
                     if type_and_size >> 24 != _DATA or self._is_ending:
-                        yield from self._take(type_and_size >> 24, stream_id, body[start:end])
+                        yield from take(self, type_and_size >> 24, stream_id, body[start:end])
                         continue
                     # DATA, the common case, without a call: windows first, then the stream.
                     if payload_bytes < SMALL_DATA_BYTES:
@@ -294,7 +249,7 @@ class Session:
                     session_window.available -= payload_bytes
                     stream = live.get(stream_id)
                     if stream is None:
-                        self._take_late_data(stream_id, payload_bytes)
+                        take_late_data(self, stream_id, payload_bytes)
                         continue
                     if not MAY_RECEIVE[stream.state] or not stream.is_tcp:
                         raise FrameError(f"DATA on {stream!r}")
@@ -309,7 +264,7 @@ class Session:
                     else:
                         session_window.owed += payload_bytes
                         if session_window.owed >= session_window.due:
-                            self._give_session_credit(0)
+                            give_session_credit(self, 0)
                     event.kind = _DATA_EVENT
                     event.stream = stream
                     event.data = body[start:end]
@@ -324,188 +279,11 @@ class Session:
         """Whether :meth:`events` stopped at its limit, with more to give out."""
         return self._left_off is not None
 
-    def _take_late_data(self, stream_id: int, size_bytes: int) -> None:
-        """DATA for a stream that has ended: its bytes are nobody's."""
-        self._check_was_opened(stream_id)
-        if size_bytes < USEFUL_BYTES:
-            self._allowance.charge(PLAIN_COST, self.now_s)
-        self._give_session_credit(size_bytes)
-
-    def _take(self, frame_type: int, stream_id: int, payload: memoryview) -> Iterator[Event]:
-        """Any frame but DATA; and any at all once the session is ending."""
-        if self._is_ending and (self.close_received or frame_type != FrameType.CLOSE):
-            return  # nothing is answered after CLOSE, and nothing said after it counts
-        handler = HANDLERS.get(frame_type)
-        if handler is not None:
-            frame = self._frames.acquire()
-            try:
-                frame.type = frame_type
-                frame.stream_id = stream_id
-                frame.payload = payload
-                yield from handler(self, frame)
-            finally:
-                self._frames.release(frame)
-        elif frame_type < FIRST_IGNORED_TYPE:
-            raise FrameError(f"a frame of unknown type {frame_type:#04x}")
-        else:
-            self._allowance.charge(PLAIN_COST, self.now_s)
-        self._check_answers()
-
     def _check_answers(self) -> None:
         if self._encoder.control_bytes > MAX_UNSENT_BYTES:
             raise ProtocolError("the peer asks for answers and does not read them")
 
-    def _hold(self, stream: Stream, size_bytes: int) -> None:
-        """Count payload that the application now has to consume."""
-        stream.receive_window.receive(size_bytes)
-        stream.held_bytes += size_bytes
-        self._budget.buffered += size_bytes
-        if self._has_room_to_hold():
-            self._give_session_credit(size_bytes)
-        else:
-            self._withheld += size_bytes
-
-    def _has_room_to_hold(self) -> bool:
-        """Whether its owner keeps no more than what the process has left; :meth:`events` asks it without a call."""
-        budget = self._budget
-        return self.share.kept + budget.buffered + budget.growth <= self.share.soft_limit
-
-    def _check_was_opened(self, stream_id: int) -> None:
-        # Ids of the client are odd and rising; version 1's server opens none.
-        if stream_id % 2 == 0 or stream_id > self._highest_id:
-            raise FrameError(f"a frame for stream {stream_id}, which was never opened")
-
-    def _give_session_credit(self, size_bytes: int) -> None:
-        window = self._receive_window
-        if window.release(size_bytes):
-            self._encoder.write(FrameType.WINDOW, 0, INCREMENT.pack(window.update(self.now_s)))
-
-    # Calls of the application.
-
-    @property
-    def has_room(self) -> bool:
-        """Whether :meth:`open` would be allowed."""
-        return (
-            not (self._goaway_received or self._goaway_sent or self.close_sent or self.close_received)
-            and len(self.streams) < self._peer_max_streams
-            and self._highest_id + 2 <= MAX_STREAM_ID
-        )
-
-    def open(self, address: Address | None, network: Network = Network.TCP) -> Stream:
-        """Open a stream; DATA may follow at once.
-
-        Args:
-            address: the target; None for UDP.
-            network: TCP or UDP.
-
-        Raises:
-            SessionClosed: the session takes no new streams.
-            StreamsExhausted: the peer's limit is reached, or the ids have run out.
-            LocalError: TCP without an address, or UDP with one.
-        """
-        if (address is None) != (network == Network.UDP):
-            raise LocalError("a TCP stream is opened with an address, a UDP stream without")
-        if not self._is_client or self._goaway_received or self._goaway_sent or self.close_sent or self.close_received:
-            raise SessionClosed("this session opens no new streams")
-        if not self.has_room:
-            raise StreamsExhausted(f"{len(self.streams)} streams are open, the peer allows {self._peer_max_streams}")
-        self._highest_id += 2
-        stream = self.streams[self._highest_id] = Stream(self._highest_id, st.CALLING, network)
-        target = b"" if address is None else address.encode()
-        self._encoder.write(FrameType.OPEN, stream.id, bytes([network]) + target)
-        if self._highest_id + 2 > MAX_STREAM_ID:
-            self.go_away(Code.NONE)  # the ids have run out
-        return stream
-
-    def accept(self, stream: Stream) -> None:
-        """Answer OPEN: the target is connected."""
-        stream.move(st.SEND_OPENED)
-        self._encoder.write(FrameType.OPENED, stream.id, bytes([Status.SUCCEEDED]))
-
-    def refuse(self, stream: Stream, status: Status) -> None:
-        """Answer OPEN: there will be no stream, for this reason."""
-        stream.move(st.SEND_REFUSAL)
-        self._encoder.write(FrameType.OPENED, stream.id, bytes([status]))
-        self._forget_if_closed(stream)
-
-    def reserve(self, stream: Stream, wanted_bytes: int) -> memoryview | None:
-        """Room to receive DATA into, straight into its place; then :meth:`commit` what was filled.
-
-        Args:
-            stream: one that may send.
-            wanted_bytes: how much at the most, 1 to MAX_PAYLOAD_SIZE.
-
-        Returns:
-            The view, valid until the next call of any other method; shorter where a window or the
-            record ends. None where a window is used up: a WRITABLE event follows.
-
-        Raises:
-            StreamStateError: the stream has ended sending, or carries datagrams.
-        """
-        if not MAY_SEND[stream.state] or not stream.is_tcp:
-            raise StreamStateError(stream.id, repr(stream), "send DATA")
-        available = min(stream.send_window.available, self._send_window.available)
-        if available < wanted_bytes:
-            if available <= 0:
-                return None
-            wanted_bytes = available
-        return self._encoder.reserve(wanted_bytes)
-
-    def commit(self, stream: Stream, size_bytes: int) -> None:
-        """The first ``size_bytes`` of the reserved view are DATA of the stream; for 0 nothing is written.
-
-        Raises:
-            WindowExceeded: more than was reserved; nothing is written.
-        """
-        if not size_bytes:
-            return
-        window = stream.send_window
-        session_window = self._send_window
-        if size_bytes > window.available or size_bytes > session_window.available:
-            raise WindowExceeded(size_bytes, min(window.available, session_window.available))
-        window.available -= size_bytes
-        session_window.available -= size_bytes
-        self._encoder.commit(_DATA, stream.id, size_bytes)
-
-    def send(self, stream: Stream, data: bytes | memoryview) -> int:
-        """Send as much of ``data`` as the windows allow, copying it; return how many bytes that was."""
-        rest = memoryview(data)
-        while rest and (room := self.reserve(stream, min(len(rest), 65_536))) is not None:
-            size = min(len(room), len(rest))
-            room[:size] = rest[:size]
-            self.commit(stream, size)
-            rest = rest[size:]
-        return len(data) - len(rest)
-
-    def finish(self, stream: Stream) -> None:
-        """This side has sent its last on the stream.
-
-        Raises:
-            StreamStateError: it had, or the stream carries datagrams, which ends by a reset.
-        """
-        if not stream.is_tcp:
-            raise StreamStateError(stream.id, repr(stream), "send DATA_FIN")
-        stream.move(st.SEND_FIN)
-        self._encoder.write(FrameType.DATA_FIN, stream.id)
-        self._forget_if_closed(stream)
-
-    def send_datagram(self, stream: Stream, address: Address, data: bytes) -> None:
-        """Send one datagram on a UDP stream.
-
-        Raises:
-            StreamStateError: the stream has ended, or is no UDP stream.
-        """
-        if stream.is_tcp:
-            raise StreamStateError(stream.id, repr(stream), "send a DATAGRAM")
-        stream.move(st.SEND_DATA)
-        self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
-
-    def reset(self, stream: Stream, code: Code) -> None:
-        """End the stream in both directions; nothing where it has ended."""
-        if not stream.is_closed:
-            stream.move(st.SEND_RESET)
-            self._encoder.write(FrameType.RESET, stream.id, CODE.pack(code))
-            self._forget_if_closed(stream)
+    # Flow control and keepalive.
 
     def consumed(self, stream: Stream, size_bytes: int) -> None:
         """The application is done with so many bytes of the stream: the peer may send as many more."""
@@ -516,35 +294,12 @@ class Session:
         if self._withheld:
             size = min(self._withheld, size_bytes)
             self._withheld -= size
-            self._give_session_credit(size)
+            give_session_credit(self, size)
         if MAY_RECEIVE[stream.state] and stream.is_tcp:
             window = stream.receive_window
             window.owed += size_bytes
             if window.owed >= window.due:
-                self._update_stream_window(stream)
-
-    def _update_stream_window(self, stream: Stream) -> None:
-        window = stream.receive_window
-        liveness = self._liveness
-        budget = self._budget
-        growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
-        if growth > 0 and window.wants_growth(self.now_s, liveness.round_trip_s) and budget.take_growth(growth):
-            window.grow(growth)
-            stream.grown_bytes += growth
-            # The session's window grows along, or it would be the limit instead.
-            self._receive_window.grow(growth)
-            self._give_session_credit(0)
-        if liveness.measurement_is_due(self.now_s):
-            self.ping()
-        self._encoder.write(FrameType.WINDOW, stream.id, INCREMENT.pack(window.update(self.now_s)))
-
-    def _forget_if_closed(self, stream: Stream) -> None:
-        if stream.is_closed:
-            del self.streams[stream.id]
-            if stream.grown_bytes:
-                self._budget.give_growth(stream.grown_bytes)
-                self._receive_window.grow(-stream.grown_bytes)
-                stream.grown_bytes = 0
+                give_stream_credit(self, stream)
 
     def ping(self) -> None:
         """Send a PING; its PONG tells the round trip. Nothing after CLOSE."""
@@ -577,28 +332,6 @@ class Session:
         """How much longer, from ``now_s`` on, the peer may be silent before it is taken for dead."""
         return self._liveness.silence_left_s(self.now_s)
 
-    def go_away(self, code: Code) -> None:
-        """Take no new streams; those that are open go on."""
-        if not self._goaway_sent and not self._is_ending:
-            self._goaway_sent = True
-            last_id = 0 if self._is_client else max(self._highest_id, 0)
-            self._encoder.write(FrameType.GOAWAY, 0, GOAWAY.pack(last_id, code))
-
-    def close(self, code: Code) -> None:
-        """End the session cleanly: nothing is sent after this. Streams that are open are lost."""
-        if not self._is_over and not self.close_sent:
-            self._encoder.write(FrameType.CLOSE, 0, CODE.pack(code))
-            self.close_sent = self._is_ending = True
-            self._drop_streams()
-
-    def _drop_streams(self) -> None:
-        """Every stream that is left is closed, and its growth given back."""
-        for stream in self.streams.values():
-            self._budget.give_growth(stream.grown_bytes)
-            stream.grown_bytes = 0
-            stream.state = st.CLOSED
-        self.streams.clear()
-
     def is_dead(self) -> bool:
         """To be asked every second or so, with ``now_s`` set: whether the peer is dead.
 
@@ -609,9 +342,8 @@ class Session:
         if self._liveness.ping_is_due(self.now_s):
             self.ping()
             self._liveness.sent_s = self.now_s  # as good as sent: where nothing can be sent, no further ones pile up
-        if self._withheld and not self._is_ending and self._has_room_to_hold():
-            withheld, self._withheld = self._withheld, 0
-            self._give_session_credit(withheld)  # others have made room
+        if self._withheld and not self._is_ending:
+            give_withheld_credit(self)
         return False
 
     # Bytes out.

@@ -12,9 +12,7 @@ one is never shown either.
 
 from __future__ import annotations
 
-import base64
 import difflib
-import hmac
 import os
 import re
 import stat
@@ -23,59 +21,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from reflex.confidential import Confidential
+from reflex.config.secret import Secret, describe, is_key, may_hold_key, parse_key, shortened
 from reflex.errors import ConfigError
 
 T = TypeVar("T")
 IntDefault = TypeVar("IntDefault", int, None)
 FloatDefault = TypeVar("FloatDefault", float, None)
 
-KEY_BYTES: Final = 32
 MAX_FILE_BYTES: Final = 16 * 2**20  # about 100,000 users; keeps a mistaken /dev/zero from filling memory
 MAX_KEY_FILE_BYTES: Final = 4_096  # base64 of a key has 44 characters; the rest is room for line ends
-MAX_SHOWN_CHARACTERS: Final = 40  # of a text in a message
 MAX_GUESSED_CHARACTERS: Final = 64  # longer keys are no typing errors, and would take difflib long
-MAX_SHOWN_BITS: Final = 64  # of a number in a message; str() refuses numbers of thousands of digits
 OTHERS_MASK: Final = 0o077  # the permission bits of everybody but the owner
 EXPECTED_KEY: Final = "base64 of 32 bytes"
 
-# What a key, or most of one, looks like: hexadecimal, or base64 of any kind, which mixes capitals with small
-# letters. A path or a name is seldom so long without a dot and with capitals; if it is, its length is shown instead.
-MIN_KEY_CHARACTERS: Final = 32
-_HEX_RUN: Final = re.compile(rf"[0-9A-Fa-f]{{{MIN_KEY_CHARACTERS},}}", re.ASCII)
-_BASE64_RUN: Final = re.compile(rf"[A-Za-z0-9+/_=-]{{{MIN_KEY_CHARACTERS},}}", re.ASCII)
-
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,40}", re.ASCII)
-
-
-class Secret(Confidential):
-    """Bytes that no repr, log line, message or pickle may show. Equality takes constant time.
-
-    It cannot be changed, so a copy is itself.
-    """
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: bytes) -> None:
-        self._value = value
-
-    def reveal(self) -> bytes:
-        """The bytes themselves, for who needs to compute with them."""
-        return self._value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Secret):
-            return NotImplemented
-        return hmac.compare_digest(self._value, other._value)
-
-    def __hash__(self) -> int:
-        return hash(self._value)
-
-    def __copy__(self) -> Secret:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Secret:
-        return self
 
 
 class Document:
@@ -141,7 +100,7 @@ class Table:
         if may_hold_key(key):
             shown = f"(a name of {len(key)} characters)"
         else:
-            shown = key if _BARE_KEY.fullmatch(key) else repr(_shortened(key))
+            shown = key if _BARE_KEY.fullmatch(key) else repr(shortened(key))
         return f"{self.place}.{shown}" if self.place else shown
 
     def problem(self, key: str, found: str, expected: str) -> None:
@@ -344,7 +303,7 @@ class Table:
         place = self.path(file_key)
         expected = f"the path of a file that holds {EXPECTED_KEY}"
         value = self._values[file_key]
-        if not isinstance(value, str) or _is_key(value):
+        if not isinstance(value, str) or is_key(value):
             # A key where its file's path should stand is a secret all the same.
             self._document.problem(place, describe(value, hidden=True), expected)
             return None
@@ -359,61 +318,10 @@ class Table:
         return self._key(place, text)
 
 
-def parse_key(text: str) -> bytes:
-    """The 32 bytes that ``text`` is the base64 of. Raises ValueError if it is anything else.
-
-    Only the one canonical form is taken, with padding and no stray bits: anything else is a copying error.
-    """
-    key = base64.b64decode(text, validate=True)
-    if len(key) != KEY_BYTES or base64.b64encode(key).decode("ascii") != text:
-        raise ValueError
-    return key
-
-
 def _parse_path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError
     return text
-
-
-def may_hold_key(text: str) -> bool:
-    """Whether a key may stand in the text, so that it must not be shown."""
-    if _HEX_RUN.search(text):
-        return True
-    return any(run.lower() != run != run.upper() for run in _BASE64_RUN.findall(text))
-
-
-def describe(value: object, *, hidden: bool = False) -> str:
-    """What stands in the file, for a message. ``hidden``, or where it may be a key: only its kind and length."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return (
-            f"a text of {len(value)} characters" if hidden or may_hold_key(value) else f"the text {_shortened(value)!r}"
-        )
-    if isinstance(value, int | float):
-        if hidden:
-            return "a number"
-        if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
-            return f"a number of {value.bit_length()} bits"
-        return f"the number {value}"
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    return "a date or time"
-
-
-def _is_key(text: str) -> bool:
-    try:
-        parse_key(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -1,8 +1,6 @@
-"""Flow control of a session: credit, growth, and that nothing ever stalls."""
+"""reflex.protocol.credit, and flow control of a session as a whole: credit, growth, and that nothing ever stalls."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,19 +13,6 @@ from reflex.protocol.wire import MAX_WINDOW, SESSION_WINDOW, STREAM_WINDOW, Code
 from tests.sessions import START_S, Pair, Peer, RawFrame, Seen, connected, increment, peer_of
 
 PIECE = 65_536
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
 
 
 def windows(frames: list[RawFrame], stream_id: int) -> int:
@@ -241,21 +226,14 @@ class TestReceiving:
 
 
 class TestOverrun:
-    def test_a_stream_window_that_is_overrun_is_fatal(self, peer: Peer) -> None:
+    @pytest.mark.parametrize("frame_type", [FrameType.DATA, FrameType.DATA_FIN])
+    def test_a_stream_window_that_is_overrun_is_fatal(self, peer: Peer, frame_type: FrameType) -> None:
         peer.side.reads = False
         peer.open(1)
         for _ in range(STREAM_WINDOW // PIECE):
             peer.write(FrameType.DATA, 1, bytes(PIECE))
         with pytest.raises(FlowControlError):
-            peer.write(FrameType.DATA, 1, b"x")
-
-    def test_a_stream_window_that_is_overrun_by_the_last_bytes_is_fatal(self, peer: Peer) -> None:
-        peer.side.reads = False
-        peer.open(1)
-        for _ in range(STREAM_WINDOW // PIECE):
-            peer.write(FrameType.DATA, 1, bytes(PIECE))
-        with pytest.raises(FlowControlError):
-            peer.write(FrameType.DATA_FIN, 1, b"x")
+            peer.write(frame_type, 1, b"x")
 
     @pytest.mark.parametrize("frame_type", [FrameType.DATA, FrameType.DATA_FIN])
     def test_a_session_window_that_is_overrun_is_fatal(self, pools: Pools, frame_type: FrameType) -> None:

@@ -1,8 +1,6 @@
-"""Streams of a session: opened, answered, half-closed, reset, and what arrives late."""
+"""reflex.protocol.outgoing: streams of a session, opened, answered, half-closed, reset, and what arrives late."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,27 +15,7 @@ from reflex.protocol.wire import (
     FrameType,
     Status,
 )
-from tests.sessions import TARGET, TO_TARGET, Pair, Peer, Seen, code, connected, increment, peer_of
-
-
-@pytest.fixture
-def pair(pools: Pools) -> Iterator[Pair]:
-    with connected(pools) as pair:
-        yield pair
-
-
-@pytest.fixture
-def peer(pools: Pools) -> Iterator[Peer]:
-    """The peer of a server."""
-    with peer_of(pools, of_server=True) as peer:
-        yield peer
-
-
-@pytest.fixture
-def server(pools: Pools) -> Iterator[Peer]:
-    """The peer of a client."""
-    with peer_of(pools, of_server=False) as peer:
-        yield peer
+from tests.sessions import TARGET, TO_TARGET, Pair, Peer, Seen, code, increment
 
 
 class TestOpening:

@@ -1,0 +1,104 @@
+"""The places of a daemon's workers, as their parent sees them: sockets that stay, processes that come and go.
+
+A :class:`Slot` is forked for whoever is to serve its listening sockets, and holds the parent's ends of two socket
+pairs to it: one for orders and what becomes of them, one for questions about the replay set. They are read and
+written without waiting, see :func:`receive` and :func:`send`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from reflex.worker import MESSAGE_MAX_BYTES, SIGNALS
+
+END: Final = b""  # what is received after the last message
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The place of one worker: its sockets stay, who serves them may change."""
+
+    number: int
+    sockets: list[socket.socket]
+    pid: int = 0  # 0: nobody
+    control: socket.socket | None = None
+    replay: socket.socket | None = None
+    is_ready: bool = False
+    failure: str = ""  # what it said before it ended
+    started_s: float = 0.0
+    early_deaths: int = 0  # in a row
+    not_before_s: float = 0.0  # of the next start
+
+    def fork(
+        self, be_worker: Callable[[socket.socket, socket.socket], NoReturn]
+    ) -> tuple[socket.socket, socket.socket]:
+        """Start a worker. Returns the parent's ends, for control and for the replay set; they stay the slot's.
+
+        Args:
+            be_worker: called in the new process with its two ends, the signals held back; ends the process.
+
+        Raises:
+            OSError: there is no room for a process, or no descriptor.
+        """
+        control, workers_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        replay, workers_replay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control, self.replay = control, replay
+        self.started_s = time.monotonic()
+        self.is_ready = False
+        self.failure = ""
+        # A signal that comes before the worker can handle it waits until it can.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.pid = os.fork()
+            if not self.pid:
+                be_worker(workers_control, workers_replay)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        workers_control.close()
+        workers_replay.close()
+        control.setblocking(False)
+        replay.setblocking(False)
+        return control, replay
+
+    def take_channels(self) -> list[socket.socket]:
+        """The parent's ends, if there are any: the caller's from now on, and no longer the slot's."""
+        channels = [sock for sock in (self.control, self.replay) if sock is not None]
+        self.control = self.replay = None
+        return channels
+
+    def kill(self) -> None:
+        """End the worker, if there is one, with SIGKILL."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)  # SIGKILL takes effect at once, so this is no waiting
+            self.pid = 0
+
+
+def receive(sock: socket.socket | None) -> bytes | None:
+    """A message; END after the last; None where there is none now, or no socket any more."""
+    try:
+        return None if sock is None else sock.recv(MESSAGE_MAX_BYTES)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return END
+
+
+def send(sock: socket.socket | None, message: bytes) -> None:
+    """Send the message, or drop it: where there is no socket, or it is full or gone."""
+    if sock is not None:
+        with contextlib.suppress(OSError):  # who asked does not wait for ever
+            sock.send(message)
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close each of them."""
+    for sock in sockets:
+        sock.close()

@@ -1,0 +1,196 @@
+"""reflex.inbound: when there are too many, connections or waiting bytes, strangers give way and users go on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import pytest
+
+from reflex.config import InboundLimits
+from reflex.inbound import Inbound
+from reflex.net.doors import ATTEMPTS
+from reflex.net.listener import open_listening
+from reflex.protocol.wire import FrameType, Status
+from reflex.saved_replay import SavedReplaySet
+from reflex.worker import SharedCount, SharedCounts, WorkerContext
+from tests.ends import HOST, Origin, connect
+from tests.keys import Keys
+from tests.loops import in_loop, until
+from tests.pair import Hog, Pair, inbound_settings, port_of, running_inbound, statistics
+from tests.remote import raw_client
+
+pytestmark = pytest.mark.usefixtures("each_loop")
+
+
+@in_loop
+async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
+    keys = Keys.generate()
+    settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
+    async with running_inbound(settings) as (inbound, port):
+        remotes = [await raw_client(port, keys) for _ in range(2)]
+        third = await connect(port)
+        await third.expect_fin()
+        assert inbound._counters.connections_refused == 1
+        remotes.pop().leave()
+        await until(lambda: len(inbound._tunnels) == 1)
+        remotes.append(await raw_client(port, keys))
+        assert inbound._counters.connections_displaced == 0
+        for remote in remotes:
+            remote.leave()
+
+
+@in_loop
+async def test_at_max_connections_the_oldest_stranger_gives_way_whatever_it_has_said() -> None:
+    keys = Keys.generate()
+    with Origin() as web:
+        settings = inbound_settings(keys, fallback=web.port, limits=InboundLimits(max_connections=3))
+        async with running_inbound(settings) as (inbound, port):
+            user = await raw_client(port, keys)
+            browser = await connect(port)
+            await browser.send(b"GET /")
+            server = await web.accept()
+            silent = await connect(port)
+            await until(lambda: len(inbound._greetings) == 2)
+            others = [await raw_client(port, keys)]
+            await browser.expect_fin()
+            assert await server.receive(5) == b"GET /"
+            await server.expect_fin()
+            assert silent.is_silent
+            others.append(await raw_client(port, keys))
+            await silent.expect_fin()
+            assert (inbound._counters.connections_displaced, inbound._counters.connections_refused) == (2, 0)
+            assert len(inbound._tunnels) == 3
+            for remote in (user, *others):
+                remote.leave()
+
+
+@in_loop
+async def test_a_flood_of_the_silent_does_not_lock_users_out() -> None:
+    keys = Keys.generate()
+    settings = inbound_settings(keys, limits=InboundLimits(max_connections=20))
+    async with running_inbound(settings) as (inbound, port):
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(await connect(port))
+            await until(lambda: inbound._counters.connections_accepted == 100)
+            assert len(inbound._greetings) == 20
+            remotes = [await raw_client(port, keys) for _ in range(20)]
+            assert (len(inbound._greetings), len(inbound._tunnels)) == (0, 20)
+        for remote in remotes:
+            remote.leave()
+
+
+@in_loop
+async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_closed() -> None:
+    """Else a user could have any number of them, for half a minute each."""
+    keys = Keys.generate()
+    settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
+    async with running_inbound(settings) as (inbound, port):
+        remotes = [await raw_client(port, keys) for _ in range(2)]
+        for remote in remotes:
+            await remote.write(0x7F)  # an unknown type, which is fatal
+        await until(lambda: not inbound._tunnels)
+        assert inbound._own_connections() == 2
+        with await connect(port) as third:
+            await third.expect_fin()
+        for remote in remotes:
+            remote.end.close()
+            remote.session.close_buffers()
+        await until(lambda: inbound._own_connections() == 0)
+        (await raw_client(port, keys)).leave()
+
+
+# As one of several workers
+
+
+@in_loop
+async def test_a_worker_counts_its_connections_among_those_of_all_workers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    keys = Keys.generate()
+    counts = SharedCounts(2)
+    counts[2] = 1  # another worker has one
+    sock = open_listening(HOST, 0)
+    replay: Any = SavedReplaySet(None, clock=float)
+    tunnels = SharedCounts(2)
+    tunnels[2] = 1  # a tunnel
+    shared = WorkerContext(1, [sock], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
+    inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
+    (address,) = await inbound.start()
+    remote = await raw_client(port_of(address), keys)
+    assert (counts[1], tunnels[1]) == (1, 1)
+    assert len(replay) == 1
+    with await connect(port_of(address)) as end:
+        await end.expect_fin()
+    await remote.write(FrameType.CLOSE, 0, bytes(4))
+    await until(lambda: counts[1] == 0)
+    assert tunnels[1] == 0
+    inbound.report()
+    assert statistics(caplog, "reflex.inbound")["gauges"]["worker"] == 1
+    inbound.abort()
+    remote.leave()
+
+
+@in_loop
+async def test_when_memory_is_nearly_used_up_new_streams_are_reset_and_running_ones_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with Pair() as pair:
+        with Origin() as origin:
+            near, far = await pair.stream(origin)
+            share = next(iter(pair.inbound._users.shares.values()))
+            with Hog(share, 94):
+                await pair.stream(origin)
+            with Hog(share, 95):
+                for _ in range(3):
+                    assert await pair.status(origin.port) == Status.GENERAL_FAILURE
+                assert origin.is_unvisited
+                await near.send(b"running")
+                assert await far.receive(7) == b"running"
+                await far.send(b"still")
+                assert await near.receive(5) == b"still"
+            assert pair.inbound._counters.streams_refused == 3 * ATTEMPTS
+            assert pair.tunnels == 1
+            await pair.stream(origin)
+    lines = [line for line in caplog.messages if "new streams are refused: " in line]
+    assert len(lines) == 1
+    assert caplog.messages.count("enough bytes were read by now: nothing is refused any more") == 1
+
+
+def test_the_memory_for_waiting_bytes_is_what_the_settings_say() -> None:
+    @in_loop
+    async def test() -> None:
+        async with running_inbound(
+            inbound_settings(Keys.generate(), limits=InboundLimits(buffered_bytes=5_000_000))
+        ) as (inbound, _):
+            assert inbound._budget.buffered_limit == 5_000_000
+            assert inbound._budget.growth_limit == 2_500_000
+
+    test()
+
+
+@in_loop
+async def test_strangers_at_another_worker_keep_nobody_out_of_this_one() -> None:
+    keys = Keys.generate()
+    counts, tunnels = SharedCounts(2), SharedCounts(2)
+    counts[2] = 2  # the other worker is full, of greetings
+    replay: Any = SavedReplaySet(None, clock=float)
+    shared = WorkerContext(1, [open_listening(HOST, 0)], replay, SharedCount(counts, 1), SharedCount(tunnels, 1))
+    inbound = Inbound(inbound_settings(keys, limits=InboundLimits(max_connections=2)), shared=shared)
+    (address,) = await inbound.start()
+    with await connect(port_of(address)) as stranger:
+        await until(lambda: len(inbound._greetings) == 1)
+        remote = await raw_client(port_of(address), keys)  # in the stranger's place
+        await stranger.expect_fin()
+    second = await raw_client(port_of(address), keys)
+    assert inbound._counters.connections_refused == 0
+    with await connect(port_of(address)) as third:  # so many are tunnels now
+        await third.expect_fin()
+    assert inbound._counters.connections_refused == 1
+    counts[2] = 0
+    tunnels[1] = 0
+    inbound.abort()
+    remote.leave()
+    second.leave()
