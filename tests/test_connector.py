@@ -305,6 +305,24 @@ async def test_a_tunnel_that_others_have_filled_meanwhile_is_no_failure() -> Non
 
 
 @in_loop
+async def test_a_tunnel_that_settles_for_somebody_is_not_closed_as_one_too_many() -> None:
+    office, settled = Office(server := FakeServer()), asyncio.Event()
+
+    async def settle(_: Any) -> None:
+        await settled.wait()
+
+    office.connector._wait_settled = settle
+    (waiter,) = office.ask(1)
+    await server.answer()
+    (tunnel,) = office.made
+    assert office.connector.expire() == []
+    settled.set()
+    await until(lambda: waiter.tunnels == [tunnel])
+    tunnel.stream_count = 0
+    assert office.connector.expire() == [(server, tunnel)]
+
+
+@in_loop
 async def test_while_a_later_server_serves_the_first_one_is_asked_now_and_then() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     office = Office(first, second, max_streams=100)

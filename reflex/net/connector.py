@@ -131,8 +131,12 @@ class Connector:
             self._dial_as_needed()
 
     def expire(self) -> list[tuple[Hashable, Tunnel]]:
-        """The idle tunnels that are to be closed, now."""
-        return self._pool.expire(self._loop.time(), self._servers[0])
+        """The idle tunnels that are to be closed, now.
+
+        While somebody waits none that takes streams: it was dialled for him, and has him as soon as it has settled.
+        """
+        expired = self._pool.expire(self._loop.time(), self._servers[0])
+        return [each for each in expired if not (self._waiting and each[1].has_room)]
 
     def _dial_as_needed(self) -> None:
         for_waiting = -(-len(self._waiting) // self._max_streams)
