@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from reflex.errors import AuthenticationFailed, HandshakeError
+from reflex.loop import drop_reader
 from reflex.metrics import Counters
 from reflex.net.failures import Failures
 from reflex.net.fallback import Fallback
@@ -150,6 +151,7 @@ class Greeting:
         verdict = self._judge(bytes(hello), is_hello=is_hello) if received else None
         if isinstance(verdict, AcceptedHello):
             self._leave()
+            door.loop.remove_reader(self._sock)
             door.on_hello(self, self._sock, verdict, rest)
             return
         if door.fallback is not None:
@@ -191,13 +193,11 @@ class Greeting:
         """The connection stops being this object's."""
         self.ended = True
         self._timer.cancel()
-        self._door.loop.remove_reader(self._sock)
 
     def _give_to_fallback(self, address: Address, hello: memoryview, rest: memoryview, *, read_ended: bool) -> None:
         door = self._door
         door.counters.fallbacks += 1
         self._timer.cancel()
-        door.loop.remove_reader(self._sock)
         buffers = door.pools.buffers
         size = len(hello) + len(rest)
         first = buffers.acquire(size)
@@ -234,8 +234,7 @@ class Greeting:
         loop = self._door.loop
         self._discarding = True
         self._drop_hello()
-        loop.remove_reader(self._sock)
-        loop.add_reader(self._sock, self._discard)
+        loop.add_reader(self._sock, self._discard)  # in the place of the one that was there
         self._timer.cancel()
         wait_s = at_least_s + secrets.randbelow(SILENCE_MAX_MS + 1) / 1000
         self._timer = loop.call_later(wait_s, self._on_timeout)
@@ -259,6 +258,7 @@ class Greeting:
             return
         self._leave()
         self._drop_hello()
+        drop_reader(self._door.loop, self._sock.fileno())
         self._sock.close()
         self._door.on_end(self)
 
