@@ -237,6 +237,14 @@ class DirectLoop(asyncio.SelectorEventLoop):
         return super().call_at(when, callback, *args, context=context)
 
 
+def drop_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """Stop reading a socket that has a reader and is closed next: on this loop without a system call."""
+    if isinstance(loop, DirectLoop):
+        loop.forget_reader(fd)
+    else:
+        loop.remove_reader(fd)
+
+
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """What a daemon runs on: the loop above where there is epoll, else uvloop's where it is installed, else asyncio's.
 

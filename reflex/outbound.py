@@ -184,11 +184,12 @@ class Outbound:
     # 2. It needs a tunnel.
 
     def _make_tunnel(self, server: Server, sock: socket.socket, secrets: SessionSecrets) -> Tunnel:
+        began_s = self._loop.time()
         session = Session.client(
             secrets,
             self._pools,
             time_ms=int(time.time() * 1000),
-            now_s=self._loop.time(),
+            now_s=began_s,
             share=self._share,
         )
         tunnel = Tunnel(
@@ -198,9 +199,10 @@ class Outbound:
             counters=self._counters,
             idle_timeout_s=self._settings.limits.idle_timeout_s,
             label=str(server.address),
-            on_end=partial(self._on_tunnel_end, server),
+            on_end=partial(self._on_tunnel_end, server, began_s),
             on_settings=server.learn_time,
             on_stream_end=self._on_stream_end,
+            on_broken=lambda: server.broke(self._loop.time(), began_s),
         )
         tunnel.vigil = Vigil(self._loop, tunnel, on_trust=self._connector.room_was_made)
         self._counters.handshakes_completed += 1
@@ -213,9 +215,11 @@ class Outbound:
             async with asyncio.timeout(self._settings.limits.handshake_timeout_s):
                 await tunnel.settled.wait()
 
-    def _on_tunnel_end(self, server: Server, tunnel: Tunnel) -> None:
+    def _on_tunnel_end(self, server: Server, began_s: float, tunnel: Tunnel) -> None:
         if tunnel.vigil is not None:
             tunnel.vigil.stop()
+        if tunnel.is_closed_cleanly:
+            server.ended_well(began_s)
         self._tunnels.remove(server, tunnel)
         self._check_all_ended()
 

@@ -54,6 +54,7 @@ __all__ = [
     "SocksReplyError",
     "anonymous_bytes",
     "cpu_seconds",
+    "echo",
     "eventually",
     "expected_sha256",
     "free_port",
@@ -306,6 +307,12 @@ class EchoServer(LoopbackServer):
     def serve(self, sock: socket.socket) -> None:
         while data := sock.recv(65_536):
             sock.sendall(data)
+
+
+def echo(sock: socket.socket, data: bytes = b"alive") -> None:
+    """Send to an echo, and wait for the answer; AssertionError where it is another."""
+    sock.sendall(data)
+    assert receive_exactly(sock, len(data)) == data
 
 
 class HalfCloseServer(LoopbackServer):

@@ -1,21 +1,17 @@
-"""What happens when descriptors or memory run out, as real processes."""
+"""What happens when memory runs out, as real processes; descriptors: tests/test_e2e_descriptors.py."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import secrets
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.processes import (
     EchoServer,
@@ -23,9 +19,8 @@ from tests.processes import (
     LoopbackServer,
     Process,
     SocksReplyError,
-    cpu_seconds,
+    echo,
     eventually,
-    make_pair,
     pss_bytes,
     receive_exactly,
     socks_connect,
@@ -34,10 +29,6 @@ from tests.processes import (
 )
 
 BOUND_S = 20
-RECOVERY_S = 1.0
-WATCHED_S = 1.0  # how long a process without descriptors is watched
-CPU_SHARE = 0.2  # of one processor, at most, while it waits for descriptors
-GENERAL_FAILURE = 1  # SOCKS5's reply
 
 
 def statistics(process: Process) -> dict[str, Any]:
@@ -46,122 +37,6 @@ def statistics(process: Process) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(process.wait_for_line(r"statistics: (\{.*)", since=seen).group(1))
     return found
 
-
-# Descriptors.
-
-
-class Descriptors:
-    """The limit of a running process's open files."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self._before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-
-    def leave(self, count: int) -> None:
-        """Let the process open so many files more."""
-        used = {int(path.name) for path in Path(f"/proc/{self._process.pid}/fd").iterdir()}
-        limit = 0
-        while count or limit in used:
-            count -= limit not in used
-            limit += 1
-        resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, (limit, self._before[1]))
-
-    def make_room(self) -> None:
-        resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, self._before)
-
-
-def echo(sock: socket.socket, data: bytes = b"alive") -> None:
-    sock.sendall(data)
-    assert receive_exactly(sock, len(data)) == data
-
-
-def watch_cpu_and_echo(process: Process, sock: socket.socket) -> float:
-    """Use a connection for a while; give the share of a processor that the process took."""
-    started_s, before_s = time.monotonic(), cpu_seconds(process.pid)
-    while time.monotonic() - started_s < WATCHED_S:
-        echo(sock)
-        time.sleep(0.1)
-    return (cpu_seconds(process.pid) - before_s) / (time.monotonic() - started_s)
-
-
-def test_a_server_without_descriptors_pauses_accepting_and_goes_on_with_the_rest(tmp_path: Path) -> None:
-    with (
-        EchoServer() as target,
-        make_pair(tmp_path) as pair,
-        socks_connect(pair.socks_port, "127.0.0.1", target.port) as running,
-        ThreadPoolExecutor() as threads,
-    ):
-        echo(running)
-        descriptors = Descriptors(pair.inbound)
-        descriptors.leave(0)
-        second = tmp_path / "second"
-        second.mkdir()
-        with start_outbound(second, pair.keys, pair.inbound_port) as other:
-            port = other.wait_ready()[0][1]
-            waiting = threads.submit(socks_connect, port, "127.0.0.1", target.port)
-            pair.inbound.wait_for_line("cannot accept on .*: Too many open files; pausing")
-            assert watch_cpu_and_echo(pair.inbound, running) < CPU_SHARE
-            for host in ("127.0.0.1", "localhost"):
-                with pytest.raises(SocksReplyError) as caught:
-                    socks_connect(pair.socks_port, host, target.port)
-                assert caught.value.status == GENERAL_FAILURE  # the name is not at fault
-            assert sum("; pausing" in line for line in pair.inbound.lines) == 1
-            assert not waiting.done()
-            assert statistics(pair.inbound)["counters"]["accept_pauses"] >= 2
-            made_s = time.monotonic()
-            descriptors.make_room()
-            with waiting.result(BOUND_S) as served:
-                assert time.monotonic() - made_s < RECOVERY_S
-                echo(served)
-            with socks_connect(pair.socks_port, "localhost", target.port) as sock:
-                echo(sock)
-            echo(running)
-
-
-def test_a_client_without_descriptors_pauses_accepting_and_goes_on_with_the_rest(tmp_path: Path) -> None:
-    with (
-        EchoServer() as target,
-        make_pair(tmp_path) as pair,
-        socks_connect(pair.socks_port, "127.0.0.1", target.port) as running,
-        ThreadPoolExecutor() as threads,
-    ):
-        echo(running)
-        descriptors = Descriptors(pair.outbound)
-        descriptors.leave(0)
-        waiting = threads.submit(socks_connect, pair.socks_port, "127.0.0.1", target.port)
-        pair.outbound.wait_for_line("cannot accept on .*: Too many open files; pausing")
-        assert watch_cpu_and_echo(pair.outbound, running) < CPU_SHARE
-        assert not waiting.done()
-        made_s = time.monotonic()
-        descriptors.make_room()
-        with waiting.result(BOUND_S) as served:
-            assert time.monotonic() - made_s < RECOVERY_S
-            echo(served)
-        echo(running)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_client_without_a_descriptor_for_a_tunnel_says_so_and_recovers_at_once(tmp_path: Path, host: str) -> None:
-    keys = Keys.generate()
-    with EchoServer() as target, start_inbound(tmp_path, keys) as server:
-        servers = {"servers": [{"address": f"{host}:{server.wait_ready()[0][1]}"}]}
-        with start_outbound(tmp_path, keys, 1, servers) as client:
-            port = client.wait_ready()[0][1]
-            descriptors = Descriptors(client)
-            descriptors.leave(1)  # for the application's connection
-            for _ in range(6):  # a server that fails so often would be left alone for 4 s
-                with pytest.raises(SocksReplyError) as caught:
-                    socks_connect(port, "127.0.0.1", target.port)
-                assert caught.value.status == GENERAL_FAILURE
-            client.wait_for_line("WARNING .*cannot connect to the server: .*: Too many open files")
-            made_s = time.monotonic()
-            descriptors.make_room()
-            with socks_connect(port, "127.0.0.1", target.port) as sock:
-                assert time.monotonic() - made_s < RECOVERY_S
-                echo(sock)
-
-
-# Memory.
 
 MIB = 1 << 20
 LIMIT_BYTES = 32 * MIB

@@ -15,7 +15,7 @@ import pytest
 
 from reflex.errors import DialError, TunnelError
 from reflex.net import server as server_module
-from reflex.net.server import FIRST_DELAY_S, MAX_CLOCK_SHIFT_S, MAX_DELAY_S, Server
+from reflex.net.server import FIRST_DELAY_S, MAX_CLOCK_SHIFT_S, MAX_DELAY_S, STEADY_S, Server
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import accept_hello
 from reflex.protocol.pools import Pools
@@ -361,3 +361,43 @@ async def test_an_attempt_that_fails_for_want_of_descriptors_is_not_held_against
             await server.connect()
         server.failed(100.0)
         assert server.not_before_s - 100.0 == pytest.approx(FIRST_DELAY_S)
+
+
+# Sessions that break.
+
+
+def left_alone_s(server: Server, now_s: float) -> float:
+    """For how long from now on."""
+    return max(0.0, server.not_before_s - now_s)
+
+
+def test_sessions_that_break_in_a_row_make_it_wait_longer_each_time_but_for_the_first(pools: Pools) -> None:
+    server = make_server(Address.of(HOST, 1), pools)
+    now_s = 100.0
+    for number in range(12):
+        server.succeeded()  # each of them was had
+        server.broke(now_s + 1, began_s=now_s)
+        base_s = 0.0 if number == 0 else min(FIRST_DELAY_S * 2 ** (number - 1), MAX_DELAY_S)
+        assert 0.5 * base_s - 1e-6 <= left_alone_s(server, now_s + 1) <= base_s + 1e-6
+        now_s += 10
+
+
+def test_sessions_that_were_there_when_another_one_broke_tell_nothing_new(pools: Pools) -> None:
+    server = make_server(Address.of(HOST, 1), pools)
+    for _ in range(8):
+        server.broke(101.0, began_s=100.0)
+    assert left_alone_s(server, 101.0) == 0
+
+
+def test_a_session_that_lasted_or_ended_well_makes_the_next_break_the_first_one(pools: Pools) -> None:
+    server = make_server(Address.of(HOST, 1), pools)
+    server.broke(101.0, began_s=100.0)
+    server.broke(102.0 + STEADY_S, began_s=102.0)
+    assert left_alone_s(server, 102.0 + STEADY_S) == 0
+    server.ended_well(began_s=100.5)  # it was there before that one broke: it says nothing of those that come now
+    server.broke(202.0, began_s=201.0)
+    assert left_alone_s(server, 202.0) > 0
+    server.succeeded()
+    server.ended_well(began_s=203.0)
+    server.broke(205.0, began_s=204.0)
+    assert left_alone_s(server, 205.0) == 0

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from reflex.errors import DialError, StartError
+from reflex.loop import drop_reader
 from reflex.net.backlog import Backlog
 from reflex.net.dial import begin_connect, finish_connect, is_connected, resolve
 from reflex.net.hangup import hung_up
@@ -58,7 +59,7 @@ class Fallback:
     """A connection and the web server's, joined for as long as either side likes.
 
     Args:
-        client: the connection; this object's from now on.
+        client: the connection; this object's from now on, with the reader that it may have.
         address: the web server's, an IP address.
         first: bytes already read from the client; copied.
         read_ended: whether the client's FIN was read already.
@@ -105,6 +106,7 @@ class Fallback:
         if connected:
             self._begin(self._server)
         else:
+            loop.remove_reader(self._client.fd)
             loop.add_writer(self._server.fd, self._on_connect)
 
     def _on_connect(self) -> None:
@@ -123,6 +125,8 @@ class Fallback:
         self.end(reset=True)  # refused, or connected and reset already: either is an RST
 
     def _begin(self, server: _Side) -> None:
+        if self._client.read_ended:
+            self._loop.remove_reader(self._client.fd)
         self._write(server)
         if self._client.read_ended:
             self._end_writing(server)
@@ -257,7 +261,10 @@ class Fallback:
         for side in (self._client, self._server):
             if side is None:
                 continue
-            self._loop.remove_reader(side.fd)
+            if side.is_reading:
+                drop_reader(self._loop, side.fd)
+            else:
+                self._loop.remove_reader(side.fd)
             self._loop.remove_writer(side.fd)
             if reset:
                 set_reset_on_close(side.sock)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from reflex.errors import AuthenticationFailed, HandshakeError
+from reflex.loop import drop_reader
 from reflex.metrics import Counters
 from reflex.net.failures import Failures
 from reflex.net.fallback import Fallback
@@ -151,6 +152,7 @@ class Greeting:
         verdict = self._judge(bytes(hello), is_hello=is_hello) if received else None
         if isinstance(verdict, AcceptedHello):
             self._leave()
+            door.loop.remove_reader(self._sock)
             door.on_hello(self, self._sock, verdict, rest)
             return
         if door.fallback is not None:
@@ -192,13 +194,11 @@ class Greeting:
         """The connection stops being this object's."""
         self.ended = True
         self._timer.cancel()
-        self._door.loop.remove_reader(self._sock)
 
     def _give_to_fallback(self, address: Address, hello: memoryview, rest: memoryview, *, read_ended: bool) -> None:
         door = self._door
         door.counters.fallbacks += 1
         self._timer.cancel()
-        door.loop.remove_reader(self._sock)
         buffers = door.pools.buffers
         size = len(hello) + len(rest)
         first = buffers.acquire(size)
@@ -233,7 +233,6 @@ class Greeting:
         loop = self._door.loop
         self._drop_hello()
         self._timer.cancel()
-        loop.remove_reader(self._sock)
         wait_s = at_least_s + secrets.randbelow(SILENCE_MAX_MS + 1) / 1000
         self._silence = Silence(loop, self._sock, wait_s=wait_s, on_end=self._on_silence_end)
 
@@ -254,6 +253,7 @@ class Greeting:
             return
         self._leave()
         self._drop_hello()
+        drop_reader(self._door.loop, self._sock.fileno())
         self._sock.close()
         self._door.on_end(self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import socket
 import time
@@ -25,6 +26,8 @@ MAX_CLOCK_SHIFT_S: Final = 24 * 3600  # docs/protocol.md, section 6: what a Date
 CLOCK_NOTE_S: Final = 60  # a clock that is off by more is worth a warning
 FIRST_DELAY_S: Final = 0.2  # between attempts; doubles with every failure
 MAX_DELAY_S: Final = 4.0
+MAX_DOUBLINGS: Final = 16  # far above what leads to MAX_DELAY_S
+STEADY_S: Final = 10.0  # a session that lasted so long did not break because of how it began
 
 
 class Server:
@@ -65,6 +68,8 @@ class Server:
         self._failures = 0
         self._is_own_fault = False  # that the last attempt failed
         self.not_before_s = 0.0  # loop time of the next attempt
+        self._breaks = 0  # sessions in a row that a protocol error ended, soon after they began
+        self._broke_s = -math.inf  # when the last one did
         # The server's time as the boot clock tells it: what was learnt holds when this machine's clock is set.
         self._boot_to_server_s: float | None = None
         self._goes_by_own_clock = False  # what was learnt did not help: try without, and with it, in turn
@@ -81,10 +86,35 @@ class Server:
 
         Where this machine had no descriptor left, the server is not to blame, and waiting longer helps nobody.
         """
-        delay_s = FIRST_DELAY_S
+        doublings = 0
         if not self._is_own_fault:
-            delay_s = min(FIRST_DELAY_S * 2**self._failures, MAX_DELAY_S)
-            self._failures = min(self._failures + 1, 16)
+            doublings = self._failures
+            self._failures = min(self._failures + 1, MAX_DOUBLINGS)
+        self._leave_alone(now_s, doublings)
+
+    def broke(self, now_s: float, began_s: float) -> None:
+        """A session with it ended by a protocol error.
+
+        Once may be bad luck. When the next one breaks as well, soon after it began, the server is left alone as if
+        it had not answered. Sessions that were there already when another one broke tell nothing new.
+
+        Args:
+            began_s: when that session began, by the clock of ``now_s``.
+        """
+        if began_s <= self._broke_s:
+            return
+        self._broke_s = now_s
+        self._breaks = min(self._breaks + 1, MAX_DOUBLINGS) if now_s - began_s < STEADY_S else 1
+        if self._breaks > 1:
+            self._leave_alone(now_s, self._breaks - 2)
+
+    def ended_well(self, began_s: float) -> None:
+        """A session with it came to a clean end; ``began_s`` as of :meth:`broke`."""
+        if began_s > self._broke_s:
+            self._breaks = 0
+
+    def _leave_alone(self, now_s: float, doublings: int) -> None:
+        delay_s = min(FIRST_DELAY_S * 2**doublings, MAX_DELAY_S)
         self.not_before_s = now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000)
 
     # Making a tunnel.

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+from reflex.loop import drop_reader
+
 _READ_BYTES: Final = 4_096
 _NO_LIMIT: Final = sys.maxsize
 
@@ -20,7 +22,7 @@ class Silence:
     """One such connection, until its peer leaves, a time is over, or more has come than is read.
 
     Args:
-        sock: connected and non-blocking, read by nobody else; this object's from now on.
+        sock: connected and non-blocking; this object's from now on. A reader that it has is replaced.
         wait_s: for how long; random, its maker's to draw.
         limit_bytes: how much is read at the most; random as well, where there is a limit.
         on_end: called once, when the socket is closed.
@@ -58,7 +60,7 @@ class Silence:
     def end(self) -> None:
         """Close the connection. To be called once."""
         self._timer.cancel()
-        self._loop.remove_reader(self._sock)
+        drop_reader(self._loop, self._sock.fileno())
         self._sock.close()
         if self._on_end is not None:
             self._on_end()

@@ -71,6 +71,7 @@ class Tunnel:
         on_settings: called with the peer's time, in ms since 1970, when its first SETTINGS arrive.
         on_stream_end: called whenever streams may have ended, so that an owner can count.
         on_end: called once, when the tunnel has ended and its socket takes no more streams.
+        on_broken: called when a fatal protocol error ends the session, before its streams are reset.
         on_discard: called with 1 when the socket outlives a fatal error, to discard what comes, and with -1
             when it is closed.
         idle_timeout_s: a stream without a byte in either direction for so long is reset.
@@ -86,6 +87,7 @@ class Tunnel:
         "_idle_ticks",
         "_label",
         "_loop",
+        "_on_broken",
         "_on_discard",
         "_on_end",
         "_on_open",
@@ -126,6 +128,7 @@ class Tunnel:
         on_open: Callable[[Tunnel, Event], None] | None = None,
         on_settings: Callable[[int], None] | None = None,
         on_stream_end: Callable[[Tunnel], None] | None = None,
+        on_broken: Callable[[], None] | None = None,
         on_discard: Callable[[int], None] | None = None,
     ) -> None:
         self._loop = loop
@@ -142,6 +145,7 @@ class Tunnel:
         self._on_settings = on_settings
         self._on_stream_end = on_stream_end
         self.flush_is_due = False
+        self._on_broken = on_broken
         self._on_discard = on_discard
         self.is_blocked = False
         self.is_suspect = False  # it does not answer: the vigil's to say
@@ -172,6 +176,11 @@ class Tunnel:
     def stream_count(self) -> int:
         """How many streams are live."""
         return len(self.session.streams)
+
+    @property
+    def is_closed_cleanly(self) -> bool:
+        """Whether either side has said CLOSE."""
+        return self.close_code is not None or self.session.close_sent
 
     @property
     def has_room(self) -> bool:
@@ -406,6 +415,8 @@ class Tunnel:
         """Fatal error: send nothing, swallow what comes for a random time or length, close."""
         log.warning("%s: protocol error, %d streams are reset: %s", self._label, self.stream_count, error)
         self._counters.protocol_errors += 1
+        if self._on_broken is not None and not self.ended:
+            self._on_broken()
         if not self._leave():
             return
         limit_bytes = secrets.randbelow(FATAL_DISCARD_BYTES + 1)
