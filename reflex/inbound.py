@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.config import InboundSettings
 from reflex.errors import StartError
 from reflex.metrics import Counters, statistics_json
@@ -106,6 +107,7 @@ class Inbound:
             pools=self._pools,
             counters=self._counters,
             failures=Failures(),
+            complaints=Complaints(),
             handshake_timeout_s=settings.limits.handshake_timeout_s,
             fallback=None if fallback is None else await fallback_address(fallback.host, fallback.port),
             on_hello=self._on_hello,

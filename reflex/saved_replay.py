@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from reflex.complaints import Complaints
 from reflex.errors import Replayed, StartError
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import HELLO_TIME_LIMIT_S
@@ -69,7 +70,8 @@ class SavedReplaySet:
         self._file: ReplayFile | None = None
         self._unsaved: list[Hello] = []
         self._forgot_at_s = 0
-        self._retry_at_s = self._complain_at_s = -float("inf")
+        self._retry_at_s = -float("inf")
+        self._complaints = Complaints(elapsed, interval_s=COMPLAINT_INTERVAL_S)
         known_since_s = started_s = int(clock())
         hellos: list[Hello] = []
         if path is not None:
@@ -119,10 +121,8 @@ class SavedReplaySet:
             return file.add_one(hello)
         except OSError as error:
             self._unsaved.append(hello)
-            now_s = self._elapsed()
-            self._retry_at_s = now_s + RETRY_S
-            if now_s >= self._complain_at_s:
-                self._complain_at_s = now_s + COMPLAINT_INTERVAL_S
+            self._retry_at_s = self._elapsed() + RETRY_S
+            if self._complaints.is_due():
                 log.error("cannot write the replay file %s: %s; tried again", self._path, error)
             return True
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class MonthlyUsage:
         self._in_writing: Amounts = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
         self._task: asyncio.Task[None] | None = None
-        self._complained_s = -COMPLAINT_INTERVAL_S
+        self._complaints = Complaints(interval_s=COMPLAINT_INTERVAL_S)
         self._is_closed = False
 
     @property
@@ -177,9 +178,7 @@ class MonthlyUsage:
         self._in_writing = {}
 
     def _complain(self, error: Exception) -> None:
-        now_s = time.monotonic()
-        if now_s - self._complained_s >= COMPLAINT_INTERVAL_S:
-            self._complained_s = now_s
+        if self._complaints.is_due():
             log.error("cannot write the usage file %s: %s; tried again", self._path, _reason(error))
 
     async def close(self) -> None:

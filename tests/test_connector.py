@@ -319,7 +319,7 @@ async def test_a_tunnel_that_settles_for_somebody_is_not_closed_as_one_too_many(
     settled.set()
     await until(lambda: waiter.tunnels == [tunnel])
     tunnel.stream_count = 0
-    assert [each for _, each in office.connector.expire()] == office.made
+    assert len(office.connector.expire()) == 1
 
 
 @in_loop

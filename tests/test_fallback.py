@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from reflex.complaints import Complaints
 from reflex.errors import DialError
 from reflex.net import fallback as fallback_module
 from reflex.net.fallback import READ_BYTES, Fallback
@@ -39,6 +40,7 @@ class Joined:
             address,
             memoryview(first),
             buffers=self.buffers,
+            complaints=Complaints(),
             on_end=self.ends.append,
             read_ended=read_ended,
         )

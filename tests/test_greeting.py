@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from reflex.complaints import Complaints
 from reflex.metrics import Counters
 from reflex.net import failures as failures_module
 from reflex.net import greeting as greeting_module
@@ -58,6 +59,7 @@ class Gate:
             pools=self.pools,
             counters=self.counters,
             failures=Failures(),
+            complaints=Complaints(),
             handshake_timeout_s=self.handshake_timeout_s,
             fallback=self.fallback,
             on_hello=self._on_hello,
@@ -245,15 +247,19 @@ async def test_a_hello_that_was_seen_before_is_the_web_servers_and_worth_a_line(
 
 
 @in_loop
-async def test_a_fallback_that_is_down_resets_whoever_comes(pools: Pools) -> None:
+async def test_a_fallback_that_is_down_resets_whoever_comes_and_is_complained_of_once(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
     with Origin() as web:
         address = web.address
     with gate(pools, fallback=address) as g:
-        end, greeting = g.arrive()
-        await end.send(b"x")
-        await end.expect_reset()
-        await until(lambda: g.ended)
-        assert greeting.ended
+        for _ in range(20):
+            end, _ = g.arrive()
+            await end.send(b"x")
+            await end.expect_reset()
+            await until(lambda: g.greetings[-1].ended)
+    (line,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert f"fallback {address}: " in line
 
 
 # Without a fallback: silence

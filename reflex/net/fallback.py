@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.errors import DialError, StartError
 from reflex.loop import drop_reader
 from reflex.net.backlog import Backlog
@@ -63,10 +64,22 @@ class Fallback:
         address: the web server's, an IP address.
         first: bytes already read from the client; copied.
         read_ended: whether the client's FIN was read already.
+        complaints: about a web server that cannot be reached; whoever asks the same one shares them.
         on_end: called once, when both sockets are closed.
     """
 
-    __slots__ = ("_buffers", "_client", "_look_timer", "_loop", "_on_end", "_server", "_timer", "ended")
+    __slots__ = (
+        "_address",
+        "_buffers",
+        "_client",
+        "_complaints",
+        "_look_timer",
+        "_loop",
+        "_on_end",
+        "_server",
+        "_timer",
+        "ended",
+    )
 
     def __init__(
         self,
@@ -76,11 +89,14 @@ class Fallback:
         first: memoryview,
         *,
         buffers: TieredPool,
+        complaints: Complaints,
         on_end: Callable[[Fallback], None],
         read_ended: bool = False,
     ) -> None:
         self._loop = loop
         self._buffers = buffers
+        self._address = address
+        self._complaints = complaints
         self._on_end = on_end
         self._client = _Side(client, buffers)
         self._client.read_ended = read_ended
@@ -91,8 +107,7 @@ class Fallback:
         try:
             server = begin_connect(address)
         except DialError as error:
-            log.warning("fallback %s: %s", address, error)
-            self.end(reset=True)  # as the web server's machine refuses who comes to it
+            self._cannot_connect(str(error))
             return
         self._server = _Side(server, buffers)
         if first:
@@ -101,7 +116,7 @@ class Fallback:
             # On the same machine it is: what the caller does next is then nothing that the client waits for.
             connected = is_connected(server, address)
         except DialError as error:
-            self._cannot_connect(error)
+            self._cannot_connect(str(error))
             return
         if connected:
             self._begin(self._server)
@@ -116,13 +131,14 @@ class Fallback:
         try:
             finish_connect(server.sock)
         except DialError as error:
-            self._cannot_connect(error)
+            self._cannot_connect(f"{self._address}: {error}")
             return
         self._begin(server)
 
-    def _cannot_connect(self, error: DialError) -> None:
-        log.warning("fallback: %s", error)
-        self.end(reset=True)  # refused, or connected and reset already: either is an RST
+    def _cannot_connect(self, reason: str) -> None:
+        if self._complaints.is_due():
+            log.warning("fallback %s", reason)
+        self.end(reset=True)  # refused, or connected and reset already: either is an RST, as where there is no machine
 
     def _begin(self, server: _Side) -> None:
         if self._client.read_ended:

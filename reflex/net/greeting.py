@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.errors import AuthenticationFailed, HandshakeError
 from reflex.loop import drop_reader
 from reflex.metrics import Counters
@@ -48,7 +49,8 @@ class Door:
 
     ``on_hello`` is called with a connection whose hello passed every check, the hello, and a view of
     what came behind it (valid during the call); the socket is the callee's. ``on_end`` is called once
-    for every connection that did not come to that, when its socket is closed.
+    for every connection that did not come to that, when its socket is closed. ``complaints`` are those
+    about the fallback.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -57,6 +59,7 @@ class Door:
     pools: Pools
     counters: Counters
     failures: Failures
+    complaints: Complaints
     handshake_timeout_s: float
     fallback: Address | None
     on_hello: Callable[[Greeting, socket.socket, AcceptedHello, memoryview], None]
@@ -211,6 +214,7 @@ class Greeting:
                 address,
                 first[:size],
                 buffers=buffers,
+                complaints=door.complaints,
                 on_end=self._on_fallback_end,
                 read_ended=read_ended,
             )

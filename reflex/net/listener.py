@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
+from reflex.complaints import Complaints
 from reflex.errors import StartError
 from reflex.net.dial import OUT_OF_RESOURCES
 from reflex.net.options import RESET_ON_CLOSE, is_loopback, set_options, set_unpaced
@@ -32,7 +33,6 @@ HANDSHAKE_GRACE_S: Final = 0.25
 LOOPBACK_GRACE_S: Final = 0.02
 SETTLE_S: Final = 1.0  # for who is connected when listening ends: to say what it wants
 SETTLE_STEP_S: Final = 0.02
-NOTE_INTERVAL_S: Final = 10.0  # between log lines about that: it may last, and come and go
 
 
 class Listener:
@@ -59,7 +59,7 @@ class Listener:
         self._on_accept = on_accept
         self._accepts_per_turn = accepts_per_turn or ACCEPTS_PER_TURN
         self._on_pause = on_pause
-        self._next_note_s = 0.0
+        self._complaints = Complaints(loop.time)
         self._pause_timer: asyncio.TimerHandle | None = None
         self._sock = sock
         self._options: Callable[[socket.socket], None] | None = None
@@ -79,9 +79,7 @@ class Listener:
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     raise
-                now_s = self._loop.time()
-                if now_s >= self._next_note_s:
-                    self._next_note_s = now_s + NOTE_INTERVAL_S
+                if self._complaints.is_due():
                     log.warning("cannot accept on %s: %s; pausing", self.address, error.strerror)
                 if self._on_pause is not None:
                     self._on_pause()

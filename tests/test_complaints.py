@@ -1,0 +1,49 @@
+"""reflex.complaints: one line about a trouble, however often it comes, and another when it has lasted."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflex.complaints import Complaints
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = -5.0  # a monotonic clock may begin anywhere
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_the_first_is_written_and_the_next_after_the_interval() -> None:
+    clock = Clock()
+    complaints = Complaints(clock)
+    written = []
+    for clock.now_s in (-5.0, -4.0, 4.9, 5.0, 14.9, 40.0, 49.9, 50.0):
+        if complaints.is_due():
+            written.append(clock.now_s)
+    assert written == [-5.0, 5.0, 40.0, 50.0]
+
+
+@given(st.lists(st.floats(0, 5), max_size=100))
+def test_never_more_than_one_in_an_interval_and_never_none_for_long(steps: list[float]) -> None:
+    clock = Clock()
+    complaints = Complaints(clock)
+    written = [clock.now_s] if complaints.is_due() else []
+    for step in steps:
+        clock.now_s += step
+        if complaints.is_due():
+            written.append(clock.now_s)
+    assert written
+    assert written[0] == -5.0
+    assert all(later - earlier >= 10.0 for earlier, later in itertools.pairwise(written))
+    assert clock.now_s - written[-1] < 10.0
+
+
+def test_by_default_it_is_the_systems_clock() -> None:
+    complaints = Complaints(interval_s=3600)
+    assert complaints.is_due()
+    assert not complaints.is_due()
