@@ -11,17 +11,15 @@ pages: a machine that loses its power may lose the last rows, and never the file
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from reflex.errors import StartError
+from reflex.database import in_transaction, open_database
 
 START_TIMEOUT_S: Final = 5.0  # while another process writes, at the start
 BUSY_TIMEOUT_S: Final = 0.05  # and later, when every connection waits
-FILE_MODE: Final = 0o600  # SQLite gives its files beside this one the same
 FILE_VERSION: Final = 1
 
 _CREATE: Final = (
@@ -55,35 +53,8 @@ class ReplayFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
-            self._database = sqlite3.connect(path, timeout=START_TIMEOUT_S, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise StartError(f"replay_file: cannot open {path}: {reason}") from None
-        try:
-            self._prepare()
-        except sqlite3.Error as error:
-            self._database.close()
-            raise StartError(f"replay_file: cannot write {path}: {error}") from None
-
-    def _prepare(self) -> None:
-        # Where there is no write-ahead log every row would wait for the disk.
-        (mode,) = self._database.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise sqlite3.OperationalError("this place allows no write-ahead log")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._in_transaction(self._create)
+        self._database = open_database(path, _prepare, setting="replay_file", timeout_s=START_TIMEOUT_S)
         self._database.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-
-    def _create(self) -> None:
-        for statement in _CREATE:
-            self._database.execute(statement)
-        self._database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
-        self._database.execute(_FROM, (0,))  # another program's tables have other columns
-        self._database.execute(_FORGOTTEN)
 
     @property
     def forgotten_before_s(self) -> int:
@@ -99,7 +70,7 @@ class ReplayFile:
     def add(self, hellos: Iterable[Hello]) -> None:
         """Write them, all or none; those that are there already stay. Raises OSError."""
         with _os_errors():
-            self._in_transaction(lambda: self._database.executemany(_ADD, hellos))
+            in_transaction(self._database, lambda: self._database.executemany(_ADD, hellos))
 
     def add_one(self, hello: Hello) -> bool:
         """Write one; returns whether it was not there before. Raises OSError."""
@@ -112,7 +83,7 @@ class ReplayFile:
         """Delete those with a time before this one, and remember up to where there were any. Raises OSError."""
         with _os_errors():
             if self._database.execute(_LAST, (before_s,)).fetchone() != (None,):  # else there is nothing to write
-                self._in_transaction(lambda: self._forget(before_s))
+                in_transaction(self._database, lambda: self._forget(before_s))
 
     def _forget(self, before_s: int) -> None:
         (last_s,) = self._database.execute(_LAST, (before_s,)).fetchone()
@@ -123,19 +94,26 @@ class ReplayFile:
         self._database.execute("DELETE FROM forgotten")
         self._database.execute("INSERT INTO forgotten VALUES (?)", (max(forgotten_s, last_s + 1),))
 
-    def _in_transaction(self, action: Callable[[], object]) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            action()
-            self._database.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
-                self._database.execute("ROLLBACK")
-            raise
-
     def close(self) -> None:
         """Let go of the file."""
         self._database.close()
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    # Where there is no write-ahead log every row would wait for the disk.
+    (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise sqlite3.OperationalError("this place allows no write-ahead log")
+    database.execute("PRAGMA synchronous = NORMAL")
+
+    def create() -> None:
+        for statement in _CREATE:
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
+        database.execute(_FROM, (0,))  # another program's tables have other columns
+        database.execute(_FORGOTTEN)
+
+    in_transaction(database, create)
 
 
 @contextlib.contextmanager

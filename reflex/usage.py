@@ -8,9 +8,7 @@ counted to the file every few seconds; a process that is killed loses no more th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import sqlite3
 import time
 from collections import Counter
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from reflex.complaints import Complaints
-from reflex.errors import StartError
+from reflex.database import in_transaction, open_database, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +26,6 @@ WRITE_INTERVAL_S: Final = 2.0
 BUSY_TIMEOUT_S: Final = 5.0  # while another process writes, which takes milliseconds
 LAST_WRITE_S: Final = 2.0  # for the last write of a process that ends at once
 COMPLAINT_INTERVAL_S: Final = 60.0
-FILE_MODE: Final = 0o600
 FILE_VERSION: Final = 1
 
 _CREATE: Final = """
@@ -60,24 +57,9 @@ class UsageFile:
 
     def __init__(self, path: Path, names: Mapping[str, str]) -> None:
         self._names = names
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
-            self._database = sqlite3.connect(
-                path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise StartError(f"usage_file: cannot open {path}: {_reason(error)}") from None
-        try:
-            self._in_transaction(self._prepare)
-        except sqlite3.Error as error:
-            self._database.close()
-            raise StartError(f"usage_file: cannot write {path}: {_reason(error)}") from None
-
-    def _prepare(self) -> None:
-        self._database.execute(_CREATE)
-        self._database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
-        self._database.execute(_READ, ("",))  # another program's table has other columns
+        self._database = open_database(
+            path, _prepare, setting="usage_file", timeout_s=BUSY_TIMEOUT_S, check_same_thread=False
+        )
 
     def add(self, amounts: Amounts, month: str) -> dict[str, int]:
         """Add the amounts, all or none; return every user's bytes of ``month`` afterwards. Raises sqlite3.Error."""
@@ -87,22 +69,21 @@ class UsageFile:
             self._database.executemany(_ADD, rows)
 
         if rows:
-            self._in_transaction(add)
+            in_transaction(self._database, add)
         return dict(self._database.execute(_READ, (month,)))
-
-    def _in_transaction(self, action: Callable[[], None]) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            action()
-            self._database.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
-                self._database.execute("ROLLBACK")
-            raise
 
     def close(self) -> None:
         """Let go of the file."""
         self._database.close()
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    def prepare() -> None:
+        database.execute(_CREATE)
+        database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
+        database.execute(_READ, ("",))  # another program's table has other columns
+
+    in_transaction(database, prepare)
 
 
 class MonthlyUsage:
@@ -179,7 +160,7 @@ class MonthlyUsage:
 
     def _complain(self, error: Exception) -> None:
         if self._complaints.is_due():
-            log.error("cannot write the usage file %s: %s; tried again", self._path, _reason(error))
+            log.error("cannot write the usage file %s: %s; tried again", self._path, reason_of(error))
 
     async def close(self) -> None:
         """Write what is left, and let go of the file. Nothing may be counted afterwards."""
@@ -205,7 +186,3 @@ class MonthlyUsage:
         finally:
             self._thread.shutdown(wait=False)
         self._file.close()
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
