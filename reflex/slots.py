@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 
 from reflex.worker import MESSAGE_MAX_BYTES, SIGNALS
 
+NEVER_S: Final = float("inf")
 END: Final = b""  # what is received after the last message
 
 
@@ -35,6 +36,8 @@ class Slot:
     started_s: float = 0.0
     early_deaths: int = 0  # in a row
     not_before_s: float = 0.0  # of the next start
+    next_look_s: float = NEVER_S  # when to ask again whether it is alive
+    unanswered: int = 0  # questions in a row
 
     def fork(
         self, be_worker: Callable[[socket.socket, socket.socket], NoReturn]
@@ -53,6 +56,7 @@ class Slot:
         self.started_s = time.monotonic()
         self.is_ready = False
         self.failure = ""
+        self.next_look_s = NEVER_S
         # A signal that comes before the worker can handle it waits until it can.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:

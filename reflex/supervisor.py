@@ -11,7 +11,8 @@ The parent serves no connection. Its story:
 4. It owns the one replay set and answers the workers' questions. It hands on orders: the first SIGINT or SIGTERM
    drains, the second ends all at once, SIGUSR1 asks each for its statistics.
 5. A worker that dies is replaced, with a growing delay if it does so again and again. One that cannot start in
-   the first place ends the daemon.
+   the first place ends the daemon. One that does not answer any more is killed, and so replaced: the kernel would
+   go on to give it connections.
 
 The parent never waits for one worker: all its sockets are non-blocking, and what a worker does not take is
 dropped. A worker whose question is not answered refuses the hello.
@@ -46,8 +47,10 @@ from reflex.daemon import (
 from reflex.errors import Replayed, StartError
 from reflex.net.listener import listening_address, open_shared
 from reflex.saved_replay import SavedReplaySet
-from reflex.slots import END, Slot, close_all, receive, send
+from reflex.slots import END, NEVER_S, Slot, close_all, receive, send
 from reflex.worker import (
+    ALIVE,
+    ASK,
     FAILED,
     MESSAGE_MAX_BYTES,
     QUERY,
@@ -65,6 +68,10 @@ EXIT_WORKER_LOST: Final = 1  # a worker did not drain, but died
 STEADY_S: Final = 10.0  # a worker that lived so long did not die because it started
 FIRST_DELAY_S: Final = 0.2  # before the second replacement in a row; doubles
 MAX_DELAY_S: Final = 10.0
+# A worker is asked so often whether it is alive, and killed instead of asked again after so many questions without an
+# answer. They are counted, not timed: a machine that has slept, or stopped all of them, finds none dead.
+LOOK_INTERVAL_S: Final = 10.0
+MAX_UNANSWERED: Final = 3
 KILL_AFTER_S: Final = 1.0  # after the second signal, for a worker that does not heed it
 
 ORDERS_TO_END: Final = 2  # the first one drains
@@ -167,6 +174,7 @@ class Supervisor:
                     handle: Callable[[], object] = key.data
                     handle()
                 self._replace_dead()
+                self._look_after()
             if self._exit_code == EXIT_STOPPED:
                 self._log.info("stopped")
             return self._exit_code
@@ -234,11 +242,15 @@ class Supervisor:
         message = receive(slot.control)
         if message == READY:
             slot.is_ready = True
+            slot.unanswered = 0
+            slot.next_look_s = time.monotonic() + LOOK_INTERVAL_S
             if self._was_ready:
                 self._log.info("worker %d is ready again, as process %d", slot.number, slot.pid)
             elif all(each.is_ready for each in self._slots) and not self._is_stopping:
                 self._was_ready = True
                 log_ready(self._log, self._addresses)
+        elif message == ALIVE:
+            slot.unanswered = 0
         elif message is not None and message.startswith(FAILED):
             slot.failure = message[len(FAILED) :].decode(errors="replace")
         elif message == END:
@@ -314,6 +326,20 @@ class Supervisor:
             if not slot.pid and slot.not_before_s <= time.monotonic():
                 self._start_again(slot)
 
+    def _look_after(self) -> None:
+        now_s = time.monotonic()
+        for slot in self._slots:
+            if not slot.pid or slot.next_look_s > now_s:
+                continue
+            if slot.unanswered < MAX_UNANSWERED:
+                slot.unanswered += 1
+                slot.next_look_s = now_s + LOOK_INTERVAL_S
+                send(slot.control, ASK)
+            else:
+                slot.next_look_s = NEVER_S
+                self._log.error("worker %d (process %d) does not answer: killed", slot.number, slot.pid)
+                os.kill(slot.pid, signal.SIGKILL)  # SIGCHLD tells when it is done
+
     def _start_again(self, slot: Slot) -> None:
         try:
             self._start(slot)
@@ -323,7 +349,9 @@ class Supervisor:
 
     def _wait_s(self) -> float | None:
         """How long until something is to be done although nothing happens; None for ever."""
-        due = [self._kill_at_s] if self._kill_at_s is not None else []
+        due = [slot.next_look_s for slot in self._slots if slot.pid and slot.next_look_s < NEVER_S]
+        if self._kill_at_s is not None:
+            due.append(self._kill_at_s)
         if not self._is_stopping:
             due += [slot.not_before_s for slot in self._slots if not slot.pid]
         return max(0.0, min(due) - time.monotonic()) if due else None

@@ -36,6 +36,8 @@ READY: Final = b"ready"
 FAILED: Final = b"failed:"  # then why
 REPORT: Final = b"report"
 STOP: Final = b"stop:"  # then the signal's number, one byte
+ASK: Final = b"ask"  # whether the worker's loop still runs
+ALIVE: Final = b"alive"  # the answer
 MESSAGE_MAX_BYTES: Final = 4_096
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)  # which the parent handles
@@ -287,6 +289,8 @@ class ParentControl:
             self._on_stop(message[-1])
         elif message == REPORT:
             self._on_report()
+        elif message == ASK:
+            self._say(ALIVE)
         elif not message:
             log.warning("the parent process has ended")
             asyncio.get_running_loop().remove_reader(self._sock)

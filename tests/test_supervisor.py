@@ -187,6 +187,49 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, echo_port: int) -> None:
             victim = int(again.group(2))
 
 
+OFTEN_ASKED = """
+import reflex.supervisor
+reflex.supervisor.LOOK_INTERVAL_S = 0.5
+"""
+
+
+@contextlib.contextmanager
+def often_asked(directory: Path, keys: Keys) -> Iterator[tuple[Process, int]]:
+    """A client of two workers that are asked every 0.5 s whether they are alive, and its SOCKS5 port."""
+    with start_inbound(directory, keys) as inbound:
+        server_port = inbound.wait_ready()[0][1]
+        with start_outbound(directory, keys, server_port, {"workers": 2}, prelude=OFTEN_ASKED) as outbound:
+            yield outbound, outbound.wait_ready()[0][1]
+
+
+def test_a_worker_that_does_not_answer_is_replaced_and_who_does_is_left_alone(
+    tmp_path: Path, keys: Keys, echo_port: int
+) -> None:
+    with often_asked(tmp_path, keys) as (outbound, socks_port):
+        victim, other = children(outbound)
+        os.kill(victim, signal.SIGSTOP)
+        outbound.wait_for_line(rf"worker \d \(process {victim}\) does not answer: killed")
+        outbound.wait_for_line(rf"worker \d \(process {victim}\) was ended by SIGKILL; replaced now")
+        outbound.wait_for_line(r"worker \d is ready again")
+        assert other in children(outbound)
+        for _ in range(20):
+            echo(socks_port, echo_port)
+
+
+def test_when_all_were_stopped_for_a_while_none_is_taken_for_dead(tmp_path: Path, keys: Keys, echo_port: int) -> None:
+    with often_asked(tmp_path, keys) as (outbound, socks_port):
+        workers = children(outbound)
+        for pid in (outbound.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.5)  # for longer than four questions
+        for pid in (*workers, outbound.pid):
+            os.kill(pid, signal.SIGCONT)
+        for _ in range(20):
+            echo(socks_port, echo_port)
+        assert children(outbound) == workers
+        assert not [line for line in outbound.lines if "does not answer" in line]
+
+
 def test_connections_wait_for_the_replacement(tmp_path: Path, echo_port: int) -> None:
     """Those in the queue of a stopped worker are served by the one that comes after it."""
     with make_pair(tmp_path, outbound={"workers": 2}) as pair:

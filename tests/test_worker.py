@@ -15,6 +15,8 @@ import pytest
 
 from reflex.errors import Replayed
 from reflex.worker import (
+    ALIVE,
+    ASK,
     FAILED,
     MESSAGE_MAX_BYTES,
     QUERY,
@@ -177,6 +179,7 @@ def test_a_worker_obeys_its_parent_and_signals_only_when_that_has_ended() -> Non
     orders: asyncio.Queue[int] = asyncio.Queue()
 
     async def run() -> None:
+        loop = asyncio.get_running_loop()
         control = ParentControl(workers)
         control.attach(orders.put_nowait, lambda: orders.put_nowait(0))
         os.kill(os.getpid(), signal.SIGINT)
@@ -185,6 +188,8 @@ def test_a_worker_obeys_its_parent_and_signals_only_when_that_has_ended() -> Non
         parents.send(b"what an older worker does not know")
         parents.send(REPORT)
         assert await orders.get() == 0
+        parents.send(ASK)
+        assert await loop.run_in_executor(None, parents.recv, MESSAGE_MAX_BYTES) == ALIVE
         parents.send(STOP + bytes((signal.SIGINT,)))
         assert await orders.get() == signal.SIGINT
         control.ready(["127.0.0.1:1"])
