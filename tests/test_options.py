@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from reflex.net import options
 from reflex.net.options import (
     KEEPALIVE_INTERVAL_S,
+    NEAR_S,
     PLAIN_CONTROL,
     RESET_ON_CLOSE,
     is_loopback,
+    is_near,
     set_fin_on_close,
     set_options,
     set_reset_on_close,
@@ -117,3 +120,30 @@ def test_how_it_ends_is_asked_of_a_socket_that_is_gone_without_harm(sock: socket
     sock.close()
     set_reset_on_close(sock)
     set_fin_on_close(sock)
+
+
+@pytest.mark.parametrize(
+    ("round_trip_us", "near"), [(0, False), (1, True), (int(NEAR_S * 1e6), True), (int(NEAR_S * 1e6) + 1, False)]
+)
+def test_who_is_near_by_the_kernels_measurement(round_trip_us: int, near: bool) -> None:  # noqa: FBT001
+    class Socket:
+        def getsockopt(self, level: int, option: int, size: int) -> bytes:
+            assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+            return (bytes(68) + round_trip_us.to_bytes(4, sys.byteorder))[:size]
+
+    sock: Any = Socket()
+    assert is_near(sock) is near
+
+
+def test_where_nobody_knows_nobody_is_near(sock: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def getsockopt(self, *_: int) -> bytes:
+            return bytes(60)
+
+    short: Any = Short()
+    assert not is_near(short)
+    assert not is_near(sock)  # never connected
+    sock.close()
+    assert not is_near(sock)
+    monkeypatch.setattr(options, "_TCP_INFO", None)
+    assert not is_near(short)

@@ -334,3 +334,45 @@ async def test_a_readiness_that_was_none_changes_nothing(pools: Pools) -> None:
         rig.tunnel._on_readable()
         assert pools.in_use == 0
         assert not rig.tunnel.ended
+
+
+@in_loop
+async def test_an_answer_is_expected_in_a_conversation_with_one_who_is_near_and_in_nothing_else(
+    pools: Pools,
+) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        tunnel, remote = rig.tunnel, rig.remote
+        expected = 0
+
+        def expect_soon() -> None:
+            nonlocal expected
+            expected += 1
+
+        tunnel._expect_soon = expect_soon
+
+        async def receive(size: int) -> int:
+            """How often an answer is expected when so much arrives."""
+            before, had = expected, len(owner.got)
+            remote.session.send(theirs, bytes(size))
+            await remote.flush()
+            await until(lambda: len(owner.got) == had + size)
+            await turns()
+            return expected - before
+
+        async def send(size: int) -> int:
+            """The same when so much is sent."""
+            before = expected
+            rig.session.send(owner.stream, bytes(size))
+            tunnel.flush_soon()
+            await turns()
+            return expected - before
+
+        assert await receive(100) == await send(100) == 0
+        tunnel.is_near = True
+        assert await receive(100) == 1
+        assert await send(100) == 1
+        assert await receive(20_000) == 0
+        assert await send(20_000) == 0
+        tunnel.heard(owner)
+        assert await receive(100) == await send(100) == 0

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from reflex.net import upkeep as upkeep_module
 from reflex.net.hangup import hung_up
 from reflex.net.upkeep import TICK_MAX_S, on_tick
 from reflex.protocol.pools import Pools
@@ -176,3 +177,15 @@ async def test_relays_that_only_deliver_go_on_behind_the_end_for_as_long_as_some
         await until(lambda: stuck.told)
         assert stuck.told == ["idle"]
         assert done.told == []
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_every_tick_asks_whether_the_peer_is_near(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    nearness = True
+    monkeypatch.setattr(upkeep_module, "is_near", lambda _: nearness)
+    async with Rig(pools) as rig:
+        assert not rig.tunnel.is_near
+        await until(lambda: rig.tunnel.is_near)
+        nearness = False
+        await until(lambda: not rig.tunnel.is_near)

@@ -20,6 +20,10 @@ RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() s
 _FIN_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 _UNPACED: Final = frozenset((b"reno", b"cubic"))
 _NAME_BYTES: Final = 16  # TCP_CA_NAME_MAX in linux/tcp.h
+NEAR_S: Final = 0.0005  # the same machine, or the same room
+_TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
+_RTT: Final = struct.Struct("I")  # tcpi_rtt of struct tcp_info, µs
+_RTT_AT: Final = 68
 _CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)  # Linux alone has it
 
 
@@ -63,6 +67,20 @@ def set_unpaced(sock: socket.socket) -> None:
     """
     if _CONGESTION is not None and _is_paced():
         sock.setsockopt(socket.IPPROTO_TCP, _CONGESTION, PLAIN_CONTROL)
+
+
+def is_near(sock: socket.socket) -> bool:
+    """Whether the other end answers within NEAR_S, by the kernel's own measurements; False where nobody knows."""
+    if _TCP_INFO is None:
+        return False
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _RTT.size + _RTT_AT)
+    except OSError:
+        return False
+    if len(info) < _RTT_AT + _RTT.size:
+        return False
+    round_trip_us: int = _RTT.unpack_from(info, _RTT_AT)[0]
+    return 0 < round_trip_us <= NEAR_S * 1e6
 
 
 def set_reset_on_close(sock: socket.socket) -> None:

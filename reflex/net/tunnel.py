@@ -47,12 +47,17 @@ _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumer
 READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
 # No second read in a turn that has lasted so long: the first one was full of small frames, or others wait.
 LONG_TURN_S: Final = 0.005
+MAX_CHAT_BYTES: Final = 4_096  # a turn that moves less is part of a conversation; an answer is expected
 # DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
 SMALL_FRAMES_PER_TURN: Final = 500
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
+
+
+def _do_nothing() -> None:
+    """Where the loop cannot be told."""
 
 
 class Resumable(Protocol):
@@ -83,6 +88,7 @@ class Tunnel:
         "_at_turn_end",
         "_close_timer",
         "_counters",
+        "_expect_soon",
         "_fd",
         "_idle_ticks",
         "_label",
@@ -104,6 +110,7 @@ class Tunnel:
         "flush_is_due",
         "idle_since_s",
         "is_blocked",
+        "is_near",
         "is_suspect",
         "last_talker",
         "session",
@@ -133,6 +140,7 @@ class Tunnel:
     ) -> None:
         self._loop = loop
         self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
+        self._expect_soon = loop.expect_soon if isinstance(loop, DirectLoop) else _do_nothing
         # For a socket that is closed next: stops reading it.
         self.drop_reader = loop.forget_reader if isinstance(loop, DirectLoop) else loop.remove_reader
         self._sock = sock
@@ -148,6 +156,7 @@ class Tunnel:
         self._on_broken = on_broken
         self._on_discard = on_discard
         self.is_blocked = False
+        self.is_near = False  # the peer answers at once, by the last tick
         self.is_suspect = False  # it does not answer: the vigil's to say
         self.vigil: Vigil | None = None  # for a client's tunnel, set by who made it
         self._waiting: dict[Resumable, None] = {}  # in their order
@@ -213,6 +222,7 @@ class Tunnel:
         self.turn += 1
         session = self.session
         session.now_s = self._loop.time()
+        size = MAX_CHAT_BYTES
         for _ in range(READS_PER_TURN):
             view = session.receive_buffer()
             try:
@@ -237,6 +247,8 @@ class Tunnel:
                 break
         if not (self.ended or self.flush_is_due) and session.unsent_bytes:
             self.flush_soon()
+        if self.is_near and size < MAX_CHAT_BYTES and not self.shared_turns:
+            self._expect_soon()
 
     def _deliver(self) -> None:
         """Give out the events of what was received."""
@@ -303,7 +315,10 @@ class Tunnel:
         if self.shared_turns:
             self.shared_turns -= 1
         if not self.is_blocked:
-            self.session.seal()
+            session = self.session
+            if self.is_near and not self.shared_turns and session.unsent_bytes < MAX_CHAT_BYTES:
+                self._expect_soon()
+            session.seal()
             self.send()
 
     def send(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from reflex.net.dispatch import StreamOwner
 from reflex.net.hangup import hung_up
+from reflex.net.options import is_near
 
 if TYPE_CHECKING:
     from reflex.net.tunnel import Tunnel
@@ -43,6 +44,7 @@ def on_tick(tunnel: Tunnel) -> None:
     _look_for_hang_ups(tunnel)
     if tunnel.ended:
         return
+    tunnel.is_near = is_near(tunnel._sock)
     if session.unsent_bytes:
         tunnel.flush_soon()
     # A dead peer is found when its time is over, not a tick later.
