@@ -182,10 +182,18 @@ async def test_relays_that_only_deliver_go_on_behind_the_end_for_as_long_as_some
 @pytest.mark.usefixtures("quick_ticks")
 @in_loop
 async def test_every_tick_asks_whether_the_peer_is_near(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    nearness = True
-    monkeypatch.setattr(upkeep_module, "is_near", lambda _: nearness)
+    asked: list[bool] = []
+    nearness = False
+
+    def answer(_: object) -> bool:
+        asked.append(nearness)
+        return nearness
+
+    monkeypatch.setattr(upkeep_module, "is_near", answer)
     async with Rig(pools) as rig:
+        await until(lambda: asked)
         assert not rig.tunnel.is_near
+        nearness = True
         await until(lambda: rig.tunnel.is_near)
         nearness = False
         await until(lambda: not rig.tunnel.is_near)
