@@ -33,7 +33,8 @@ TLS_HELLO: Final = tls_hello()
 MAX_ADDED_DELAY_S: Final = 0.002  # at the median
 SAME: Final = 0.01  # a p-value above it: not told apart
 # A p-value below 0.01 comes once in a hundred times although nothing is wrong. Three times in a row is once in a
-# million, and a difference that is there shows each time.
+# million, and a difference that is there shows each time. So does a delay that is the server's own; one of a machine
+# that had other things to do for seconds does not.
 TRIES: Final = 3
 
 
@@ -225,10 +226,9 @@ def check_times(server_port: int, nginx_port: int, rounds: int) -> None:
             f" nginx itself {direct_s * 1e6:.0f} us, p = {ks_p_value(taken['direct'], judged + others):.3f}"
         )
         print(found[-1], {name: round(quantile(each, 0.5) * 1e6) for name, each in taken.items()})
-        assert through_s - direct_s < MAX_ADDED_DELAY_S, found
-        if p_value > SAME:
+        if through_s - direct_s < MAX_ADDED_DELAY_S and p_value > SAME:
             return
-    pytest.fail(f"told apart by their times: {found}")
+    pytest.fail(f"told apart by their times, or too long on the way: {found}")
 
 
 def test_the_time_to_the_answer_does_not_tell_what_a_probe_was_taken_for(server_port: int, nginx_port: int) -> None:
