@@ -39,7 +39,7 @@ MAX_EVENTS: Final = 40
 FIRST_DESCRIPTORS: Final = 256  # room for so many at first; it grows with the highest number in use
 
 # How long a process watches for an answer that is expected soon: what a near half and its target need.
-WATCH_S: Final = 0.0001
+WATCH_S: Final = 0.00025
 MAX_MISSES: Final = 3
 POLLS_TO_SLEEP: Final = 64
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from reflex.net import dispatch as dispatch_module
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.wire import (
@@ -71,6 +72,17 @@ async def test_a_clients_tunnel_tells_how_its_opens_went(pools: Pools) -> None:
         assert rig.counters.streams_refused == 1
         assert rig.counters.streams_reset == 1
         assert rig.looks == 2
+
+
+@in_loop
+@pytest.mark.parametrize("near", [True, False])
+async def test_whether_the_peer_is_near_is_known_from_its_settings_on(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, *, near: bool
+) -> None:
+    monkeypatch.setattr(dispatch_module, "is_near", lambda _: near)
+    async with Rig(pools) as rig:
+        await accepted(rig)
+        assert rig.tunnel.is_near is near
 
 
 @in_loop

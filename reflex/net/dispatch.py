@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Protocol
 
+from reflex.net.options import is_near
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.wire import Code
 
@@ -54,6 +55,7 @@ def dispatch(tunnel: Tunnel, event: Event) -> None:
             if tunnel._on_settings is not None and tunnel.session.peer_time_ms and not tunnel.settled.is_set():
                 tunnel._on_settings(tunnel.session.peer_time_ms)
             tunnel.settled.set()
+            tunnel.is_near = is_near(tunnel._sock)
         elif kind is EventKind.CLOSED:
             log.debug("%s: closed by the peer (%s)", tunnel._label, _code_name(event.number))
             tunnel.close_code = event.number
