@@ -23,6 +23,7 @@ class FakeTunnel:
     has_room: bool = True
     is_blocked: bool = False
     is_suspect: bool = False
+    is_bulk: bool = False
     idle_since_s: float = 0.0
     ended: bool = False
     close_code: int | None = None
@@ -509,3 +510,55 @@ async def test_suspects_are_not_used_nor_counted() -> None:
     assert waiter.tunnels == [office.made[1]]
     office.made[0].is_suspect = False
     assert office.ask(1)[0].tunnels == [office.made[0]]
+
+
+@in_loop
+async def test_beside_bulk_data_a_spare_tunnel_is_dialled_and_what_comes_next_goes_there() -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=8, max_tunnels=2)
+    first = office.ask(1)
+    await server.answer()
+    office.connector.keep_warm()
+    assert server.count == 1
+    office.made[0].is_bulk = True
+    office.connector.keep_warm()
+    office.connector.keep_warm()  # it is under way
+    await server.answer()
+    office.connector.keep_warm()  # it is there
+    assert server.count == 2
+    second = office.ask(1)
+    assert [each.tunnels for each in first + second] == [[office.made[0]], [office.made[1]]]
+    office.made[1].is_bulk = True
+    office.connector.keep_warm()  # more are not allowed
+    await turns()
+    assert server.count == 2
+    assert office.ask(1)[0].tunnels == [office.made[0]]
+
+
+@in_loop
+async def test_a_server_that_takes_no_spare_is_not_asked_for_one_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = FakeServer()
+    office = Office(server, max_streams=8)
+    office.ask(1)
+    await server.answer()
+    office.made[0].is_bulk = True
+    office.closes_with = Code.LIMIT
+    server.retry_after_s = 0.01
+    office.connector.keep_warm()
+    await server.answer()
+    await until(lambda: server.not_before_s < asyncio.get_running_loop().time())
+    office.connector.keep_warm()
+    await turns()
+    assert server.count == 2
+    assert office.ask(1)[0].tunnels == [office.made[0]]  # what there is goes on
+    monkeypatch.setattr(office.connector, "_no_spare_before_s", 0.0)  # the time has passed
+    server.not_before_s = asyncio.get_running_loop().time() + 3600
+    office.connector.keep_warm()  # it failed shortly before
+    await turns()
+    assert server.count == 2
+    server.not_before_s = 0.0
+    office.connector.keep_warm()
+    await server.fail()
+    assert server.count == 3

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from reflex.errors import FlowControlError
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
-from reflex.protocol.window import MAX_STREAM_RECEIVE_WINDOW, Budget
+from reflex.protocol.window import BULK_BYTES, BULK_PAUSE_S, MAX_STREAM_RECEIVE_WINDOW, Budget
 from reflex.protocol.wire import MAX_WINDOW, SESSION_WINDOW, STREAM_WINDOW, Code, FrameType
 from tests.sessions import START_S, Pair, Peer, RawFrame, Seen, connected, increment, peer_of
 
@@ -96,6 +98,37 @@ class TestSending:
         assert len(view) == 3
         session._send_window.available = SESSION_WINDOW
         near.send_window.available = STREAM_WINDOW
+
+
+class TestBulk:
+    """A stream that moves a MiB without a pause is seen, whichever side sends."""
+
+    @staticmethod
+    def move(pair: Pair, near: Stream, size_bytes: int, every_s: float) -> None:
+        """From the client to the server, which consumes at once; a round trip for each half a window."""
+        step = STREAM_WINDOW // 2
+        for _ in range(size_bytes // step):
+            pair.set_time(pair.client.session.now_s + every_s)
+            assert pair.client.session.send(near, bytes(step)) == step
+            pair.pump()
+
+    def test_both_halves_see_it(self, pair: Pair) -> None:
+        near, _ = pair.open()
+        self.move(pair, near, BULK_BYTES - STREAM_WINDOW // 2, BULK_PAUSE_S)
+        assert pair.client.session.bulk_s == pair.server.session.bulk_s == -math.inf
+        self.move(pair, near, STREAM_WINDOW // 2, BULK_PAUSE_S)
+        assert pair.client.session.bulk_s == pair.server.session.bulk_s == pair.client.session.now_s
+
+    def test_what_pauses_is_none(self, pair: Pair) -> None:
+        near, _ = pair.open()
+        self.move(pair, near, 4 * BULK_BYTES, 2 * BULK_PAUSE_S)
+        assert pair.client.session.bulk_s == pair.server.session.bulk_s == -math.inf
+
+    def test_many_that_move_a_little_are_none(self, pair: Pair) -> None:
+        for _ in range(BULK_BYTES // STREAM_WINDOW * 4):
+            near, _ = pair.open()
+            self.move(pair, near, STREAM_WINDOW, 0.0)
+        assert pair.client.session.bulk_s == pair.server.session.bulk_s == -math.inf
 
 
 class TestReceiving:

@@ -47,6 +47,13 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield both
 
 
+@pytest.fixture
+def one_tunnel(tmp_path: Path) -> Iterator[Pair]:
+    """A pair whose streams have to share, whatever they carry."""
+    with make_pair(tmp_path, outbound={"pool": {"max_tunnels": 1}}) as both:
+        yield both
+
+
 @contextlib.contextmanager
 def origin_process() -> Iterator[int]:
     """The web server as a process of its own: it does not share a lock with the test's hashing."""
@@ -232,7 +239,8 @@ def assert_within_windows(half: Process, before: int, *, windows: int) -> None:
     assert grown < windows * MAX_WINDOW_BYTES + SLACK_BYTES, f"{half.name} has grown by {grown:,} bytes"
 
 
-def test_a_reader_that_stalls_costs_its_window_and_holds_nobody_up(pair: Pair) -> None:
+def test_a_reader_that_stalls_costs_its_window_and_holds_nobody_up(one_tunnel: Pair) -> None:
+    pair = one_tunnel
     fast = 64 * MIB
     with origin_process() as port:
         download(pair, port, fast)  # code is loaded, pools are filled
@@ -258,7 +266,8 @@ def block_digest(start: int, size: int) -> str:
     return hashlib.sha256(memoryview(repeated)[first : first + size]).hexdigest()
 
 
-def test_a_target_that_does_not_read_costs_its_window_and_holds_nobody_up(pair: Pair) -> None:
+def test_a_target_that_does_not_read_costs_its_window_and_holds_nobody_up(one_tunnel: Pair) -> None:
+    pair = one_tunnel
     size = 64 * MIB
     with never_reading() as deaf, origin_process() as port:
         download(pair, port, size)

@@ -91,7 +91,8 @@ def pair_before(directory: Path, behind: str, **inbound: object) -> Iterator[tup
         overrides = dict(inbound)
         if behind == "nginx":
             overrides["fallback"] = f"127.0.0.1:{nginx_port}"
-        with make_pair(directory, inbound=overrides) as pair:
+        # One tunnel, and no spare beside bulk data: what else comes to the server is counted.
+        with make_pair(directory, inbound=overrides, outbound={"pool": {"max_tunnels": 1}}) as pair:
             yield pair, nginx_port
 
 

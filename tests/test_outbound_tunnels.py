@@ -14,6 +14,7 @@ from reflex import outbound as outbound_module
 from reflex.config import InboundLimits, ListenSettings, OutboundLimits, PoolSettings
 from reflex.net import server as server_module
 from reflex.net import upkeep
+from reflex.protocol.window import BULK_BYTES
 from reflex.protocol.wire import Code, Status
 from tests.ends import HOST, REPLY_SIZE, Origin, connect, refusing_port, silent_port, socks_head, socks_request
 from tests.keys import Keys
@@ -75,6 +76,27 @@ async def test_streams_above_max_streams_get_another_tunnel_and_above_max_tunnel
                 end.reset()
             await until(lambda: pair.outbound._tunnels.idle_count() == 2)
             assert await pair.status(port) == Status.REFUSED  # there is room again
+
+
+@in_loop
+async def test_a_request_beside_bulk_data_does_not_queue_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbound_module, "EXPIRY_INTERVAL_S", 0.01)
+    async with Pair() as pair:
+        with Origin() as origin:
+            app = await pair.socks(origin.port)
+            far = await origin.accept()
+            piece = bytes(65_536)
+            sent = 0
+            while pair.tunnels < 2:  # down, the way that most bulk data goes
+                await far.send(piece)
+                assert await app.receive(len(piece)) == piece
+                sent += len(piece)
+            assert sent >= BULK_BYTES
+            second = await pair.socks(origin.port)
+            streams = [tunnel.stream_count for tunnel in pair.outbound._tunnels]
+            assert streams == [1, 1]
+            for end in (app, second):
+                end.close()
 
 
 @in_loop

@@ -13,6 +13,7 @@ class FakeTunnel:
     has_room: bool = True
     is_blocked: bool = False
     is_suspect: bool = False
+    is_bulk: bool = False
     idle_since_s: float = field(default=0.0)
 
 
@@ -92,6 +93,47 @@ def test_one_that_is_not_blocked_comes_first_then_the_blocked_one_with_the_fewes
     assert pool.acquire(A) is one
     pool.add(A, free := FakeTunnel(stream_count=2))
     assert pool.acquire(A) is free
+
+
+def test_what_comes_beside_bulk_data_goes_elsewhere_if_it_can() -> None:
+    pool = make_pool(max_idle=8)
+    assert not pool.wants_spare(A)
+    first, second, third = (FakeTunnel(is_bulk=True), FakeTunnel(), FakeTunnel(is_blocked=True))
+    pool.add(A, first)
+    assert pool.wants_spare(A)
+    assert not pool.wants_spare(B)
+    pool.add(A, second)
+    pool.add(A, third)
+    assert not pool.wants_spare(A)
+    assert pool.acquire(A) is second
+    second.is_bulk = True
+    assert pool.acquire(A) is first
+    first.has_room = False
+    assert pool.acquire(A) is second
+    second.is_blocked = True
+    assert pool.acquire(A) is second
+    second.stream_count = 1
+    assert pool.acquire(A) is third
+    third.is_suspect = True
+    assert pool.wants_spare(A)
+
+
+def test_who_keeps_no_idle_tunnels_keeps_no_spare() -> None:
+    pool = make_pool(max_idle=0)
+    pool.add(A, FakeTunnel(is_bulk=True))
+    assert not pool.wants_spare(A)
+
+
+def test_the_spare_beside_bulk_data_stays_for_as_long_as_there_is_bulk_data() -> None:
+    pool = make_pool(idle_timeout_s=60)
+    bulk, spare, other = FakeTunnel(stream_count=1, is_bulk=True), FakeTunnel(), FakeTunnel(idle_since_s=5)
+    for each in (bulk, spare, other):
+        pool.add(A, each)
+    assert pool.expire(100) == [(A, spare)]
+    pool.remove(A, spare)
+    assert pool.expire(100) == []
+    bulk.is_bulk = False
+    assert pool.expire(100) == [(A, other)]
 
 
 def test_a_tunnel_is_idle_from_its_last_streams_end() -> None:

@@ -27,6 +27,7 @@ class FakeTunnel:
     has_room: bool = True
     is_blocked: bool = False
     is_suspect: bool = False
+    is_bulk: bool = False
     idle_since_s: float = 0.0
     ended: bool = False
 

@@ -34,6 +34,7 @@ OF_NO_USE: Final = "the tunnel ended, or took no streams, right after the handsh
 # after the start) its packets become rarer than what a request may wait.
 FRESH_DIAL_S: Final = 2.5
 PATIENCE_S: Final = 20.0
+SPARE_PAUSE_S: Final = 600.0  # where a server did not take one more
 
 
 class Waiter(Protocol):
@@ -82,6 +83,7 @@ class Connector:
         self._patience_s = patience_s
         self._waiting: OrderedDict[Waiter, float] = OrderedDict()  # and since when
         self._dials: dict[asyncio.Task[None], float] = {}  # and when it begins to connect
+        self._no_spare_before_s = 0.0
         self._is_closed = False
 
     def request(self, waiter: Waiter) -> None:
@@ -129,6 +131,18 @@ class Connector:
         """Dial what is missing of the tunnels that are to be there before anybody asks."""
         if not self._is_closed:
             self._dial_as_needed()
+            self._dial_spare()
+
+    def _dial_spare(self) -> None:
+        """Where all tunnels carry bulk data, dial one more: small requests must not queue behind it."""
+        now_s = self._loop.time()
+        if self._dials or now_s < self._no_spare_before_s:
+            return
+        for server in self._servers:
+            is_allowed = server.not_before_s <= now_s and self._pool.count(server) < self._max_tunnels
+            if is_allowed and self._pool.wants_spare(server):
+                self._start_dial([server], is_probe=True)
+                return
 
     def expire(self) -> list[tuple[Hashable, Tunnel]]:
         """The idle tunnels that are to be closed, now.
@@ -189,7 +203,9 @@ class Connector:
             server.succeeded()
             self.room_was_made()
             return
-        if not is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
+        if is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
+            self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
+        else:
             self._dial_failed(asyncio.current_task(), TunnelError("; ".join(reasons)))
 
     def _dial_failed(self, task: asyncio.Task[None] | None, error: TunnelError) -> None:

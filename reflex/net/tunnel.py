@@ -22,7 +22,6 @@ import asyncio
 import logging
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
@@ -44,15 +43,13 @@ log = logging.getLogger(__name__)
 
 _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumeration
 
-READS_PER_TURN: Final = 4  # full buffers that one tunnel may read before the others get their turn
-# No second read in a turn that has lasted so long: the first one was full of small frames, or others wait.
-LONG_TURN_S: Final = 0.005
 MAX_CHAT_BYTES: Final = 4_096  # a turn that moves less is part of a conversation; an answer is expected
 # DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
 SMALL_FRAMES_PER_TURN: Final = 500
 # Records stay small while several streams talk, so that a small request does not wait behind bulk.
 SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
+BULK_MEMORY_S: Final = 2.0  # longer than bulk data pauses
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
 
 
@@ -192,6 +189,11 @@ class Tunnel:
         return self.close_code is not None or self.session.close_sent
 
     @property
+    def is_bulk(self) -> bool:
+        """Whether a stream on it has carried bulk data just now: another's small requests would queue behind it."""
+        return self._loop.time() - self.session.bulk_s < BULK_MEMORY_S
+
+    @property
     def has_room(self) -> bool:
         """Whether a stream can be opened on it."""
         return not self.ended and self.session.has_room
@@ -222,29 +224,23 @@ class Tunnel:
         self.turn += 1
         session = self.session
         session.now_s = self._loop.time()
-        size = MAX_CHAT_BYTES
-        for _ in range(READS_PER_TURN):
-            view = session.receive_buffer()
-            try:
-                size = self._sock.recv_into(view)
-            except (BlockingIOError, InterruptedError):
-                session.received(0)
-                break
-            except OSError as error:
-                session.received(0)
-                self.cut(f"connection lost: {error.strerror or error}")
-                return
-            session.received(size)
-            if not size:
-                self._on_eof()
-                return
-            self._deliver()
-            if session.is_left_off:
-                self._loop.remove_reader(self._fd)
-                self._loop.call_soon(self._go_on)
-                break
-            if self.ended or size < len(view) or time.monotonic() - session.now_s > LONG_TURN_S:
-                break
+        try:
+            size = self._sock.recv_into(session.receive_buffer())
+        except (BlockingIOError, InterruptedError):
+            session.received(0)
+            return
+        except OSError as error:
+            session.received(0)
+            self.cut(f"connection lost: {error.strerror or error}")
+            return
+        session.received(size)
+        if not size:
+            self._on_eof()
+            return
+        self._deliver()
+        if session.is_left_off:
+            self._loop.remove_reader(self._fd)
+            self._loop.call_soon(self._go_on)
         if not (self.ended or self.flush_is_due) and session.unsent_bytes:
             self.flush_soon()
         if self.is_near and size < MAX_CHAT_BYTES and not self.shared_turns:

@@ -22,6 +22,8 @@ class Shared(Protocol):
     def has_room(self) -> bool: ...
     @property
     def is_blocked(self) -> bool: ...
+    @property
+    def is_bulk(self) -> bool: ...
 
 
 T = TypeVar("T", bound=Shared)
@@ -59,19 +61,34 @@ class TunnelPool(Generic[T]):
     def acquire(self, key: Hashable) -> T | None:
         """A tunnel to this server with room for a stream, or None.
 
-        The oldest that is not blocked comes first, so that those opened for a peak run empty and
-        expire; where all are blocked, the one with the fewest streams. One that does not answer
+        The oldest that carries no bulk data and is not blocked comes first, so that small requests do not
+        queue behind large ones, and those opened for a peak run empty and expire. Then the oldest that is not
+        blocked; where all are, the one with the fewest streams. One that does not answer
         (:mod:`reflex.net.vigil`) gets nothing until it does.
         """
+        bulk: T | None = None
         blocked: T | None = None
         for tunnel in self._tunnels.get(key, ()):
             if tunnel.is_suspect or not tunnel.has_room or tunnel.stream_count >= self._max_streams:
                 continue
             if not tunnel.is_blocked:
-                return tunnel
-            if blocked is None or tunnel.stream_count < blocked.stream_count:
+                if not tunnel.is_bulk:
+                    return tunnel
+                if bulk is None:
+                    bulk = tunnel
+            elif blocked is None or tunnel.stream_count < blocked.stream_count:
                 blocked = tunnel
-        return blocked
+        return bulk or blocked
+
+    def wants_spare(self, key: Hashable) -> bool:
+        """Whether each tunnel to this server carries bulk data, and there is one: what comes next has to queue.
+
+        Never where no idle tunnels are to be kept.
+        """
+        if not self._max_idle:
+            return False
+        useful = [each for each in self._tunnels.get(key, ()) if not each.is_suspect and each.has_room]
+        return bool(useful) and all(each.is_bulk for each in useful)
 
     def release(self, tunnel: T, now_s: float) -> None:
         """A stream on the tunnel has ended; with its last one it is idle from now on."""
@@ -87,7 +104,8 @@ class TunnelPool(Generic[T]):
         of no use any more, since they take no new streams. They stay in the pool until removed.
 
         ``min_idle`` tunnels to the ``favourite`` server stay, however long they are idle. Those to
-        another do not: what is dialled in their place may go to the favourite again.
+        another do not: what is dialled in their place may go to the favourite again. Beside bulk data one more
+        stays, the spare that :meth:`wants_spare` asked for.
         """
         expired: list[tuple[Hashable, T]] = []
         for key, tunnels in self._tunnels.items():
@@ -95,8 +113,11 @@ class TunnelPool(Generic[T]):
             expired += [(key, each) for each in unused if not each.has_room]
             idle = [each for each in unused if each.has_room]  # who is on its way out is no surplus of theirs
             surplus = len(idle) - self._max_idle
+            useful = [each for each in tunnels if each.has_room and not each.is_suspect]
             stay = self._min_idle if key == favourite else 0
-            spare = sum(tunnel.has_room and not tunnel.is_suspect for tunnel in tunnels) - stay
+            if bulk := sum(each.is_bulk for each in useful):
+                stay = max(stay, bulk + 1)
+            spare = len(useful) - stay
             for position, tunnel in enumerate(idle):
                 is_stale = now_s - tunnel.idle_since_s >= self._idle_timeout_s
                 if (is_stale or position < surplus) and spare > 0:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reflex.protocol.streams import Stream
-from reflex.protocol.window import GROWTH_FACTOR, MAX_STREAM_RECEIVE_WINDOW
+from reflex.protocol.window import BULK_BYTES, BULK_PAUSE_S, GROWTH_FACTOR, MAX_STREAM_RECEIVE_WINDOW
 from reflex.protocol.wire import INCREMENT, FrameType
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def give_withheld_credit(session: Session) -> None:
 def give_stream_credit(session: Session, stream: Stream) -> None:
     """Pack the WINDOW that is due on a stream, whose window grows first where it is the limit."""
     window = stream.receive_window
+    note_credit(session, stream, window.owed)
     liveness = session._liveness
     budget = session._budget
     growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
@@ -71,3 +72,14 @@ def give_stream_credit(session: Session, stream: Stream) -> None:
     if liveness.measurement_is_due(session.now_s):
         session.ping()
     session._encoder.write(FrameType.WINDOW, stream.id, INCREMENT.pack(window.update(session.now_s)))
+
+
+def note_credit(session: Session, stream: Stream, increment_bytes: int) -> None:
+    """Credit is due or has come, so about as many bytes have gone: see whether the stream carries bulk data."""
+    now_s = session.now_s
+    if now_s - stream.hurried_s > BULK_PAUSE_S:
+        stream.hurried_bytes = 0
+    stream.hurried_s = now_s
+    stream.hurried_bytes += increment_bytes
+    if stream.hurried_bytes >= BULK_BYTES:
+        session.bulk_s = now_s

@@ -18,7 +18,7 @@ from reflex.errors import AddressError, FlowControlError, FrameError
 from reflex.protocol import streams as st
 from reflex.protocol.address import decode_address
 from reflex.protocol.allowance import ABANDONED_COST, PLAIN_COST, RESET_COST, SESSION_COST, USEFUL_BYTES
-from reflex.protocol.credit import give_session_credit, hold
+from reflex.protocol.credit import give_session_credit, hold, note_credit
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.frames import Frame
 from reflex.protocol.payloads import check_session_frame, check_size, read_open, read_settings
@@ -128,6 +128,7 @@ def on_window(session: Session, frame: Frame) -> Iterator[Event]:
         return
     was_shut = stream.send_window.available == 0
     stream.send_window.add(increment)
+    note_credit(session, stream, increment)
     if was_shut and stream.may_send:
         yield session._event.set(EventKind.WRITABLE, stream)
 

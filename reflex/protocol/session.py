@@ -13,6 +13,7 @@ after too many frames that are of no use to anybody (:mod:`reflex.protocol.allow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -62,6 +63,7 @@ class Session(SendingHalf):
         share: its owner's part of the process's budget.
         streams: the live streams by id.
         sealed_records: empty unless sealed bytes wait to be sent; for those who ask at every turn.
+        bulk_s: when a stream was last seen to carry bulk data; minus infinity until then.
         peer_time_ms: the peer's clock when it sent its SETTINGS, ms since 1970; 0 until then.
         close_sent, close_received: whether the session has ended cleanly, by this side or by the peer.
     """
@@ -75,6 +77,7 @@ class Session(SendingHalf):
         "_liveness",
         "_max_streams",
         "_withheld",
+        "bulk_s",
         "now_s",
         "peer_time_ms",
         "sealed_records",
@@ -110,6 +113,7 @@ class Session(SendingHalf):
         self._liveness = Liveness(keepalive_s, now_s)
         self._allowance = Allowance(now_s)
         self.peer_time_ms = 0
+        self.bulk_s = -math.inf
         self._left_off: tuple[memoryview, int] | None = None  # where the last draw stopped: the body, the next frame
         encoder.write(
             FrameType.SETTINGS,

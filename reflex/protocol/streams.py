@@ -108,12 +108,16 @@ MAY_RECEIVE: Final = tuple((state, RECEIVE_DATA) in TRANSITIONS for state in ran
 class Stream:
     """One stream of a session. Made by the session; ``owner`` is the application's to use.
 
-    ``held_bytes`` is what was handed to the application and not yet reported back as consumed.
+    ``held_bytes`` is what was handed to the application and not yet reported back as consumed;
+    ``hurried_bytes`` what there was credit for since the last pause, in either direction, and ``hurried_s`` when
+    there was credit last.
     """
 
     __slots__ = (
         "grown_bytes",
         "held_bytes",
+        "hurried_bytes",
+        "hurried_s",
         "id",
         "is_tcp",
         "network",
@@ -131,6 +135,8 @@ class Stream:
         self.send_window = SendWindow(STREAM_WINDOW)
         self.receive_window = ReceiveWindow(STREAM_WINDOW)
         self.held_bytes = 0
+        self.hurried_bytes = 0
+        self.hurried_s = 0.0
         self.grown_bytes = 0
         self.owner: Any = None
 

@@ -28,6 +28,9 @@ MAX_UPDATE_BYTES: Final = 1024 * 1024
 GROWTH_ROUND_TRIPS: Final = 2.0
 # Each growth takes a round trip to have an effect; three of them lead from the first window to the largest.
 GROWTH_FACTOR: Final = 4
+# So much on one stream, with no pause between two credits, is bulk data.
+BULK_BYTES: Final = 1024 * 1024
+BULK_PAUSE_S: Final = 0.5
 
 
 class Budget:
