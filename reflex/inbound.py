@@ -37,6 +37,7 @@ from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_liste
 from reflex.net.options import is_loopback, set_unpaced
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
+from reflex.net.talk import Talk
 from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.trimmer import Trimmer
@@ -90,6 +91,7 @@ class Inbound:
         self._listeners: list[Listener] = []
         self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
+        self._talk = Talk()
         self._discarding = 0  # connections of tunnels that ended by a fatal error
         self._relays: set[Relay] = set()
         self._is_draining = False
@@ -237,6 +239,7 @@ class Inbound:
             counters=self._counters,
             idle_timeout_s=self._settings.limits.idle_timeout_s,
             label=label,
+            talk=self._talk,
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
             on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),

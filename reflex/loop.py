@@ -36,9 +36,10 @@ _Ts = TypeVarTuple("_Ts")
 Callback = Callable[[], object]
 
 # Of one poll; the kernel's answer stays below 512 bytes. A turn goes on while polls are full, so that what its
-# callbacks pack for a tunnel goes out together.
+# callbacks pack for a tunnel goes out together; not for long, since others wait for its end.
 MAX_EVENTS: Final = 40
 POLLS_PER_TURN: Final = 8
+TURN_S: Final = 0.002
 # After a turn of so many events whoever wants the processor has it first: what follows from them is ready then in one
 # piece, and not in pieces of its own.
 BUSY_EVENTS: Final = 16
@@ -142,6 +143,7 @@ class _DirectSelector(selectors.BaseSelector):
             self._end_turn()
         wait_s = 0.0 if self.is_wanted else timeout
         polls = 1
+        turn_until_s = 0.0
         while True:
             if self.is_expecting:
                 self.is_expecting = False
@@ -171,9 +173,13 @@ class _DirectSelector(selectors.BaseSelector):
                 if key is not None:
                     found.append((key, _events(mask) & key.events))
             if len(ready) == MAX_EVENTS and polls < POLLS_PER_TURN and not (found or self.is_wanted):
-                polls += 1
-                wait_s = 0.0
-                continue
+                now_s = time.monotonic()
+                if polls == 1:
+                    turn_until_s = now_s + TURN_S
+                if now_s < turn_until_s:
+                    polls += 1
+                    wait_s = 0.0
+                    continue
             is_busy = polls > 1 or len(ready) >= BUSY_EVENTS
             polls = 1
             if self.turn_end:

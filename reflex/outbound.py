@@ -33,6 +33,7 @@ from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_liste
 from reflex.net.pressure import Pressure
 from reflex.net.resolver import Resolver
 from reflex.net.server import Server
+from reflex.net.talk import Talk
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
 from reflex.net.tunnels import TunnelPool
@@ -70,6 +71,7 @@ class Outbound:
         self._share = Share(self._budget, is_whole=True)
         self._pressure = Pressure(self._budget, "local connections are refused")
         self._resolver = Resolver()
+        self._talk = Talk()
         self._tunnels: TunnelPool[Tunnel] = TunnelPool(
             min_idle=settings.pool.min_idle,
             max_idle=settings.pool.max_idle,
@@ -199,6 +201,7 @@ class Outbound:
             counters=self._counters,
             idle_timeout_s=self._settings.limits.idle_timeout_s,
             label=str(server.address),
+            talk=self._talk,
             on_end=partial(self._on_tunnel_end, server, began_s),
             on_settings=server.learn_time,
             on_stream_end=self._on_stream_end,

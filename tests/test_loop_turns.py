@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from reflex.loop import BUSY_EVENTS, MAX_EVENTS, POLLS_PER_TURN, DirectLoop
+from reflex.loop import BUSY_EVENTS, MAX_EVENTS, POLLS_PER_TURN, TURN_S, DirectLoop
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def test_a_turn_holds_all_that_is_ready_and_then_others_have_the_processor(
     loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 2 * MAX_EVENTS + 10
+    monkeypatch.setattr("reflex.loop.TURN_S", 60.0)
     with Crowd(loop, count, monkeypatch) as crowd:
         loop._direct.select(0.0)
         assert sorted(each for each in crowd.did[:-2] if isinstance(each, int)) == list(range(count))
@@ -63,8 +65,18 @@ def test_a_turn_holds_all_that_is_ready_and_then_others_have_the_processor(
 def test_a_turn_has_an_end_although_more_and_more_is_ready(loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     with Crowd(loop, MAX_EVENTS, monkeypatch) as crowd:
         crowd.reads = False
+        monkeypatch.setattr("reflex.loop.TURN_S", 60.0)
         loop._direct.select(0.0)
         assert crowd.did.index("end") == MAX_EVENTS * POLLS_PER_TURN
+
+
+def test_a_turn_has_an_end_although_each_callback_takes_long(loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Crowd(loop, 4 * MAX_EVENTS, monkeypatch) as crowd:
+        now_s = time.monotonic()
+        ticks = iter((now_s, now_s, now_s + TURN_S, now_s + 1))  # the call, and after each full poll
+        monkeypatch.setattr("reflex.loop.time.monotonic", lambda: next(ticks))
+        loop._direct.select(0.0)
+        assert crowd.did.index("end") == 2 * MAX_EVENTS
 
 
 def test_a_turn_ends_where_asyncio_has_something_to_do(loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from reflex.net.options import set_reset_on_close
 from reflex.net.relay import FIRST_READ_BYTES, MAX_READ_BYTES, Relay
-from reflex.net.tunnel import SHARED_READ_BYTES
+from reflex.net.talk import SHARED_READ_BYTES
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session

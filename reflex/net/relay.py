@@ -23,7 +23,8 @@ from typing import Final
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
 from reflex.net.options import set_fin_on_close, set_unpaced
-from reflex.net.tunnel import SHARED_READ_BYTES, Tunnel
+from reflex.net.talk import SHARED_READ_BYTES, SHARED_READS
+from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import MAX_PAYLOAD_SIZE, Code
@@ -149,7 +150,8 @@ class Relay:
         read_size = wanted = self._read_size
         if tunnel.last_talker is not self:
             tunnel.heard(self)
-        if wanted > SHARED_READ_BYTES and tunnel.shared_turns:
+        if wanted > SHARED_READ_BYTES and tunnel.shared_turns and tunnel.talk.shared_reads:
+            tunnel.talk.shared_reads -= 1
             wanted = SHARED_READ_BYTES
         view = session.reserve(self.stream, wanted)
         if view is None:
@@ -180,7 +182,9 @@ class Relay:
         self._counters.bytes_into_tunnels += size
         if size == read_size:
             self._read_size = min(read_size * READ_GROWTH, MAX_READ_BYTES)
-        elif read_size > FIRST_READ_BYTES and size * READ_GROWTH < len(view):
+        elif read_size == FIRST_READ_BYTES:
+            tunnel.talk.shared_reads = SHARED_READS
+        elif size * READ_GROWTH < len(view):
             self._read_size = max(read_size // READ_GROWTH, FIRST_READ_BYTES)
         if session.sealed_records:
             tunnel.send()

@@ -31,6 +31,7 @@ from reflex.loop import DirectLoop
 from reflex.metrics import Counters
 from reflex.net.dispatch import StreamOwner, dispatch
 from reflex.net.silence import Silence
+from reflex.net.talk import Talk
 from reflex.net.upkeep import on_tick, ticks_for, watch
 from reflex.protocol.events import Event, EventKind
 from reflex.protocol.session import Session
@@ -46,8 +47,6 @@ _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumer
 MAX_CHAT_BYTES: Final = 4_096  # a turn that moves less is part of a conversation; an answer is expected
 # DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
 SMALL_FRAMES_PER_TURN: Final = 500
-# Records stay small while several streams talk, so that a small request does not wait behind bulk.
-SHARED_READ_BYTES: Final = 32_768
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
 BULK_MEMORY_S: Final = 2.0  # longer than bulk data pauses
 CLOSE_WAIT_S: Final = 2.0  # for the peer's FIN after ours
@@ -78,6 +77,7 @@ class Tunnel:
             when it is closed.
         idle_timeout_s: a stream without a byte in either direction for so long is reset.
         label: who is at the other end, for the log.
+        talk: shared by all tunnels of the process; None for one of its own.
     """
 
     __slots__ = (
@@ -114,6 +114,7 @@ class Tunnel:
         "settled",
         "shared_turns",
         "silence",
+        "talk",
         "tick",
         "turn",
         "vigil",
@@ -134,6 +135,7 @@ class Tunnel:
         on_stream_end: Callable[[Tunnel], None] | None = None,
         on_broken: Callable[[], None] | None = None,
         on_discard: Callable[[int], None] | None = None,
+        talk: Talk | None = None,
     ) -> None:
         self._loop = loop
         self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
@@ -143,6 +145,7 @@ class Tunnel:
         self._sock = sock
         self._fd = sock.fileno()
         self.session = session
+        self.talk = talk or Talk()
         self._counters = counters
         self._label = label
         self._on_end = on_end
