@@ -17,6 +17,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,30 +68,40 @@ EXAMPLES: Final = """examples:
 """
 
 
-def in_turn(timers: Mapping[str, timeit.Timer], *, count: int) -> dict[str, list[float]]:
-    """Time each of ``timers``, in turn, ``count`` times over; the seconds of one execution for each round.
+@dataclass
+class Case:
+    """One row of figures: that of the timer ``ours`` is held against the target, the others stand beside it."""
 
-    Taking turns gives what else the machine does the same chance to disturb each of them.
+    name: str
+    timers: Mapping[str, timeit.Timer]
+    unit: str
+    target: float | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of one execution, for each timer and round
+
+    def row(self) -> dict[str, Any]:
+        """The figures of ``ours`` at the top, the others' under their names."""
+        figures = {key: figure(seconds, unit=self.unit) for key, seconds in self.seconds.items()}
+        ours = figures.pop("ours")
+        met = None if self.target is None else ours["best"] <= self.target
+        return {"name": self.name, **ours, "target": self.target, "met": met, **figures}
+
+
+def in_turn(cases: Sequence[Case], *, count: int) -> None:
+    """Time each timer of the cases, in turn, ``count`` times over.
+
+    Taking turns gives what else the machine does the same chance to disturb each of them, and none of them all of
+    its rounds in a bad moment.
     """
     numbers = {}
-    for name, timer in timers.items():
-        once_s = min(timer.repeat(repeat=5, number=5)) / 5
-        numbers[name] = max(1, round(ROUND_S / max(once_s, 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for case in cases:
+        for name, timer in case.timers.items():
+            once_s = min(timer.repeat(repeat=5, number=5)) / 5
+            numbers[case.name, name] = max(1, round(ROUND_S / max(once_s, 1e-7)))
     for _ in range(count):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(numbers[name]) / numbers[name])
-    return seconds
-
-
-def row(
-    name: str, timers: Mapping[str, timeit.Timer], *, count: int, unit: str, target: float | None = None
-) -> dict[str, Any]:
-    """One row of figures: that of ``ours`` at the top, the others' under their names."""
-    figures = {key: figure(seconds, unit=unit) for key, seconds in in_turn(timers, count=count).items()}
-    ours = figures.pop("ours")
-    met = None if target is None else ours["best"] <= target
-    return {"name": name, **ours, "target": target, "met": met, **figures}
+        for case in cases:
+            for name, timer in case.timers.items():
+                number = numbers[case.name, name]
+                case.seconds.setdefault(name, []).append(timer.timeit(number) / number)
 
 
 def figure(seconds: Sequence[float], *, unit: str) -> dict[str, Any]:
@@ -265,7 +276,7 @@ def plain_frames_loop(*, packed: bool) -> Callable[[], int]:
     return once
 
 
-def pairs(*, count: int) -> list[dict[str, Any]]:
+def pairs() -> list[Case]:
     """A buffer, a frame object and a tiered buffer acquired and released, in ns a pair.
 
     What is timed is a statement, not a function: a call around it would cost a good part of the pair.
@@ -278,12 +289,12 @@ def pairs(*, count: int) -> list[dict[str, Any]]:
             cases.append(
                 (f"buffer ({name}), {wiped} wiped", pool, statement, f"x = memoryview(bytearray({POOL_BUFFER_SIZE}))")
             )
-    rows = []
+    found = []
     for name, pool, ours, plain in cases:
         scope = {"acquire": pool.acquire, "release": pool.release, "Frame": Frame}
         timers = {"ours": timeit.Timer(ours, globals=scope), "plain": timeit.Timer(plain, globals=scope)}
-        rows.append(row(f"{name}, a pair", timers, count=count, unit="ns", target=PAIR_TARGET_NS))
-    return rows
+        found.append(Case(f"{name}, a pair", timers, "ns", PAIR_TARGET_NS))
+    return found
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
@@ -298,7 +309,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     """
     count = ROUNDS_QUICK if quick else ROUNDS
     shake = {"ours": timeit.Timer(handshake(pooled=True)), "plain": timeit.Timer(handshake(pooled=False))}
-    rows = [row("handshake, both halves", shake, count=count, unit="µs", target=HANDSHAKE_TARGET_US)]
+    cases = [Case("handshake, both halves", shake, "µs", HANDSHAKE_TARGET_US)]
     pools, unpooled = Pools(), Pools(pooled=False)
     for packed in (False, True):
         loops = {
@@ -307,12 +318,16 @@ def measure(*, quick: bool) -> dict[str, Any]:
             "plain": timeit.Timer(plain_frames_loop(packed=packed)),
         }
         name = f"{FRAMES} frames of {FRAME_SIZE:,} bytes, " + ("packed" if packed else "a record each")
-        rows.append(row(name, loops, count=count, unit="ms", target=FRAMES_TARGET_MS))
-    rows += pairs(count=count)
+        cases.append(Case(name, loops, "ms", FRAMES_TARGET_MS))
+    cases += pairs()
     sizes = BODY_SIZES_QUICK if quick else BODY_SIZES
+    # Half a minute apart: what else a machine does comes and goes in seconds.
+    in_turn(cases, count=count - count // 2)
+    records = [_record_row(suite, size, count=count) for suite in Suite for size in sizes]
+    in_turn(cases, count=count // 2)
     return {
-        "rows": rows,
-        "records": [_record_row(suite, size, count=count) for suite in Suite for size in sizes],
+        "rows": [case.row() for case in cases],
+        "records": records,
         "frames_pools": {
             name: {"created": each.created, "hit_rate": each.hit_rate}
             for name, each in pools.statistics().items()
@@ -328,7 +343,9 @@ def _record_row(suite: Suite, size_bytes: int, *, count: int) -> dict[str, Any]:
         "plain": timeit.Timer(plain_record(suite, size_bytes)),
     }
     result: dict[str, Any] = {"suite": suite.name, "body_bytes": size_bytes}
-    for name, seconds in in_turn(timers, count=count).items():
+    case = Case(f"{suite.name}, {size_bytes}", timers, "µs")
+    in_turn([case], count=count)
+    for name, seconds in case.seconds.items():
         result[name] = {**figure(seconds, unit="µs"), "mb_per_s": size_bytes / min(seconds) / 1e6}
     return result
 

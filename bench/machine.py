@@ -18,12 +18,17 @@ def describe() -> dict[str, str]:
         "processor": processor_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory_gib():.0f} GiB",
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "kernel": f"{platform.system()} {kernel_version()} {platform.machine()}",
         "congestion control": congestion_control(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         **{name: version for name in _PACKAGES if (version := _package_version(name))},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def kernel_version() -> str:
+    """The first two numbers of the kernel's release; the rest of it is this machine's alone."""
+    return ".".join(platform.release().split(".")[:2])
 
 
 def processor_name() -> str:

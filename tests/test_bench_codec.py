@@ -64,7 +64,11 @@ def test_a_handshake_completes(pooled: bool) -> None:  # noqa: FBT001
 
 def test_a_row_tells_best_median_and_verdict() -> None:
     timers = {"ours": timeit.Timer("pass"), "plain": timeit.Timer("pass")}
-    row = codec.row("nothing", timers, count=2, unit="ns", target=1e9)
+    case = codec.Case("nothing", timers, "ns", 1e9)
+    codec.in_turn([case], count=2)
+    codec.in_turn([case], count=1)
+    row = case.row()
+    assert [len(seconds) for seconds in case.seconds.values()] == [3, 3]
     assert row["met"] is True
     assert 0 < row["best"] <= row["median"]
     assert row["plain"]["unit"] == "ns"
