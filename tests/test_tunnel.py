@@ -146,7 +146,7 @@ async def test_a_mistake_of_ours_is_a_lost_connection_and_not_a_hang(
 
 
 @in_loop
-async def test_records_are_small_while_several_talk_and_large_again_afterwards(pools: Pools) -> None:
+async def test_several_talk_until_one_alone_has_talked_for_a_while(pools: Pools) -> None:
     async with Rig(pools) as rig:
         tunnel = rig.tunnel
         one, other = object(), object()
