@@ -78,14 +78,17 @@ class HostilePeer:
 
     def send(self, *frames: bytes) -> bool:
         """Send frames in as few records as hold them; False where the other side has ended the connection."""
-        body = b""
+        body: list[bytes] = []
+        size = 0
         records = []
         for each in frames:
-            if len(body) + len(each) > MAX_BODY_SIZE:
-                records.append(self.seal(body))
-                body = b""
-            body += each
-        records.append(self.seal(body))
+            if size + len(each) > MAX_BODY_SIZE:
+                records.append(self.seal(b"".join(body)))
+                body.clear()
+                size = 0
+            body.append(each)
+            size += len(each)
+        records.append(self.seal(b"".join(body)))
         return self.send_raw(b"".join(records))
 
     def send_each(self, *frames: bytes) -> bool:
