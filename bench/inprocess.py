@@ -22,6 +22,7 @@ from reflex.config import (
     InboundSettings,
     ListenSettings,
     OutboundSettings,
+    PoolSettings,
     Secret,
     ServerSettings,
     TargetRule,
@@ -138,6 +139,8 @@ class PairInProcess:
                             cipher="aes-256-gcm",
                         ),
                     ),
+                    # No spare beside bulk data: what a tunnel costs that comes or goes is not of the relay path.
+                    pool=PoolSettings(max_tunnels=1),
                 )
             )
         (socks,) = await self._outbound.start()
