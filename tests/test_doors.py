@@ -11,8 +11,9 @@ from reflex.net.doors import ATTEMPTS, Door, Visitor
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
+from reflex.protocol.socks5 import reply
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import Code, Status
+from reflex.protocol.wire import SESSION_WINDOW, STREAM_WINDOW, Code, Status
 from tests.ends import REPLY_SIZE, End, socks_head, tcp_pair
 from tests.loops import in_loop, turns, until
 from tests.rig import Rig
@@ -109,6 +110,25 @@ async def test_an_application_is_told_of_success_then_relayed(pools: Pools) -> N
         await until(lambda: door.ends == [door.visitor])
         door.visitor.end()
         assert door.ends == [door.visitor]
+
+
+@in_loop
+async def test_what_came_with_the_request_waits_for_the_sessions_window(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        await door.end.send(socks_head(80) + b"behind the request")
+        await until(lambda: door.connector.waiting)
+        theirs = await door.give()
+        others = [rig.session.open(TARGET) for _ in range(SESSION_WINDOW // STREAM_WINDOW)]
+        for stream in others:
+            rig.session.send(stream, bytes(STREAM_WINDOW - 1))  # a few bytes are left of the session's window
+        rig.remote.session.accept(theirs)
+        await rig.remote.flush()
+        assert await door.end.receive(2 + REPLY_SIZE) == b"\x05\x00" + reply(Status.SUCCEEDED)
+        await door.end.send(b", and after it")
+        await turns()  # the remote has read nothing of all this, and gives credit only now
+        sent = b"behind the request, and after it"
+        assert await rig.remote.receive(theirs, len(sent)) == sent
 
 
 @in_loop

@@ -161,9 +161,7 @@ class Visitor:
             if not self._say(reply(Status.SUCCEEDED)):
                 relay.on_local_error()
                 return
-            if parser.rest:
-                relay.send_ahead(parser.rest)
-            relay.start_reading()
+            relay.start_reading(behind=parser.rest)
 
     def refused(self, status: int) -> None:
         """The server would not, or could not, connect the target."""
@@ -222,7 +220,7 @@ class Visitor:
 class DoorRelay(Relay):
     """The client's relay: until its OPEN is answered, how that went is the visitor's matter."""
 
-    __slots__ = ("_is_opened", "_visitor")
+    __slots__ = ("_ahead", "_is_opened", "_visitor")
 
     def __init__(self, door: Door, visitor: Visitor, tunnel: Tunnel, stream: Stream, sock: socket.socket) -> None:
         super().__init__(
@@ -236,11 +234,23 @@ class DoorRelay(Relay):
         )
         self._visitor = visitor
         self._is_opened = False
+        self._ahead = b""
 
-    def send_ahead(self, data: bytes) -> None:
-        """Send what the application sent behind its request; it fits a fresh stream's window."""
-        self.tunnel.session.send(self.stream, data)
-        self.tunnel.flush_soon()
+    def start_reading(self, *, behind: bytes = b"") -> None:
+        """From now on, read the socket, behind what was read of it together with the request."""
+        self._ahead = behind
+        super().start_reading()
+
+    def _read_again(self) -> None:
+        """Read on once all that came with the request is sent: other streams may have used up the session's window."""
+        if self._ahead and not self.ended:
+            sent = self.tunnel.session.send(self.stream, self._ahead)
+            self._counters.bytes_into_tunnels += sent
+            self._ahead = self._ahead[sent:]
+            self.tunnel.flush_soon()
+            if self._ahead:
+                return  # until on_writable
+        super()._read_again()
 
     def on_opened(self) -> None:
         """The target is connected."""
@@ -280,6 +290,7 @@ class DoorRelay(Relay):
     def _let_go(self) -> None:
         """End without closing the socket."""
         self.ended = True
+        self.tunnel.forget(self)
         self._pause()
         if self._sock is not None:
             set_fin_on_close(self._sock)
