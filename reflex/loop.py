@@ -160,14 +160,18 @@ class _DirectSelector(selectors.BaseSelector):
                     if callback is not None:
                         try:
                             callback()
-                        except Exception as error:  # of any kind: one callback must not end the loop
+                        except (SystemExit, KeyboardInterrupt):
+                            raise
+                        except BaseException as error:  # of any kind: one callback must not end the loop
                             self._on_error(callback, error)
                 if mask != _IN:
                     callback = writers[fd] if fd < len(writers) else None
                     if callback is not None and not (fresh and fd in fresh):
                         try:
                             callback()
-                        except Exception as error:
+                        except (SystemExit, KeyboardInterrupt):
+                            raise
+                        except BaseException as error:
                             self._on_error(callback, error)
                 key = self._keys.get(fd)
                 if key is not None:
@@ -221,8 +225,12 @@ class _DirectSelector(selectors.BaseSelector):
         for callback in due:
             try:
                 callback()
-            except Exception as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
                 self._on_error(callback, error)
+        if self.turn_end:
+            self.is_wanted = True  # what they collected comes with the next poll, which must not wait for it
 
 
 def _descriptor(fileobj: Any) -> int:
