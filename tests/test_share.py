@@ -17,6 +17,7 @@ class Stream:
         self.kept_bytes = 0
         self.moved_at = 0
         self.is_shed = False
+        self.owner: object = self
 
     def keep(self, size_bytes: int) -> bool:
         return self.share.reserve(self, size_bytes)
@@ -95,6 +96,22 @@ def test_who_has_most_gets_nothing_more_and_takes_from_nobody() -> None:
     assert not greedy.keep(1)
     assert (greedy.kept_bytes, modest.kept_bytes, budget.kept) == (60, 40, 100)
     assert not modest.is_shed
+
+
+def test_an_owner_with_two_keepers_takes_from_neither_of_them_for_the_other() -> None:
+    budget = Budget(buffered_limit=100)
+    share = Share(budget)
+    first, second, other = Stream(share), Stream(share), Stream(share)
+    second.owner = first.owner
+    assert other.keep(20)
+    assert first.keep(80)
+    assert not second.keep(10)
+    assert (first.kept_bytes, second.kept_bytes, budget.kept) == (80, 0, 100)
+    assert not first.is_shed
+    first.give_back(70)
+    assert other.keep(60)
+    assert second.keep(20)  # of others it may
+    assert [each.is_shed for each in (first, second, other)] == [False, False, True]
 
 
 def test_more_than_there_is_is_never_reserved() -> None:

@@ -32,6 +32,10 @@ class Keeper(Protocol):
     kept_bytes: int
     moved_at: int  # the share's: when it began to keep, or gave something back last
 
+    @property
+    def owner(self) -> object:
+        """Who gives up where this one is shed. A stream may have two keepers, and both end with it."""
+
     def shed(self) -> None:
         """Give up: all that is kept goes back, before this returns."""
 
@@ -60,14 +64,15 @@ class Share:
     def reserve(self, keeper: Keeper, size_bytes: int) -> bool:
         """Reserve memory, to be given back by :meth:`give_back`.
 
-        Where it does not fit, others are shed. False, and nothing reserved, where this keeper would be next.
+        Where it does not fit, others are shed. False, and nothing reserved, where this keeper would be next,
+        or another one of its owner: what its owner would then keep, nobody would ever take.
         """
         budget = self.budget
         budget.reservations += 1
         while budget.kept + size_bytes > budget.buffered_limit:
             share = max(budget.shares, key=_kept, default=self)
             victim = max(share._keepers, key=share._weight, default=keeper)
-            if victim is keeper:
+            if victim.owner is keeper.owner:
                 return False
             victim.shed()
         if not self.kept:
