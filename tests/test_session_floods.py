@@ -17,9 +17,10 @@ from reflex.protocol.allowance import (
     UNITS_PER_S,
     USEFUL_BYTES,
 )
-from reflex.protocol.events import EventKind
+from reflex.protocol.events import Event, EventKind
 from reflex.protocol.pools import Pools
-from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES
+from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES, Session
+from reflex.protocol.streams import Stream
 from reflex.protocol.wire import (
     FRAME_HEADER_SIZE,
     MAX_BODY_SIZE,
@@ -37,6 +38,7 @@ from tests.sessions import (
     START_S,
     TARGET,
     TO_TARGET,
+    TO_UDP,
     Pair,
     Peer,
     code,
@@ -54,6 +56,7 @@ UNKNOWN_TYPE: Final = 0x90
 SETTINGS_OF_TEN: Final = SETTING.pack(77, 1) * 10
 
 Frames = Callable[[], Iterator[bytes]]
+Answer = Callable[[Session, Stream], None]
 
 
 def same(frame_type: int, stream_id: int = 0, payload: bytes = b"") -> Frames:
@@ -97,6 +100,14 @@ FLOODS: Final = {
 }
 
 
+# What the application says to an OPEN before it draws the next event, and what the OPEN carries.
+REFUSALS: Final[dict[str, tuple[Answer, bytes]]] = {
+    "UDP, refused": (lambda session, stream: session.refuse(stream, Status.NOT_SUPPORTED), TO_UDP),
+    "TCP, refused": (lambda session, stream: session.refuse(stream, Status.NOT_ALLOWED), TO_TARGET),
+    "TCP, reset": (lambda session, stream: session.reset(stream, Code.LIMIT), TO_TARGET),
+}
+
+
 @pytest.fixture
 def peer(pools: Pools) -> Iterator[Peer]:
     """A server's peer, which has one live stream and one that has ended."""
@@ -137,6 +148,37 @@ def test_a_stream_that_is_opened_and_reset_before_it_was_answered_costs_what_it_
     assert len(peer.session.streams) == 1
     with pytest.raises(ProtocolError, match="without use"):
         flood(peer, frames, 2)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_an_open_that_the_application_refuses_at_once_costs_as_much_as_one_beyond_the_limit(
+    name: str, peer: Peer
+) -> None:
+    answer, payload = REFUSALS[name]
+    keep = peer.side.keep
+
+    def refuse(event: Event) -> None:
+        keep(event)
+        if event.kind is EventKind.OPEN:
+            assert event.stream is not None
+            answer(peer.session, event.stream)
+
+    peer.side.keep = refuse  # type: ignore[method-assign]  # this application is of few words
+    frames = opens(payload)()
+    flood(peer, frames, BURST_UNITS // RESET_COST)
+    peer.session.now_s += 1.0
+    flood(peer, frames, UNITS_PER_S // RESET_COST)
+    assert len(peer.session.streams) == 1
+    with pytest.raises(ProtocolError, match="without use"):
+        flood(peer, frames, 1)
+
+
+def test_an_open_at_which_the_application_ends_the_session_costs_nothing(peer: Peer) -> None:
+    left = peer.session._allowance._left
+    for event in peer.session.feed(peer.seal(frame(FrameType.OPEN, LIVE + 2, TO_TARGET))):
+        assert event.kind is EventKind.OPEN
+        peer.session.close(Code.SHUTTING_DOWN)
+    assert peer.session._allowance._left == left
 
 
 @pytest.mark.parametrize("is_ending", [False, True])

@@ -153,6 +153,8 @@ def on_open(session: Session, frame: Frame) -> Iterator[Event]:
         event = session._event.set(EventKind.OPEN, stream)
         event.address = address
         yield event
+        if stream.is_closed and not session._is_ending:  # the application refused it on the spot
+            session._allowance.charge(RESET_COST, session.now_s)
 
 
 def on_opened(session: Session, frame: Frame) -> Iterator[Event]:
