@@ -90,6 +90,8 @@ FLOODS: Final = {
     "GOAWAY": (same(FrameType.GOAWAY, 0, goaway(0, Code.NONE)), SESSION_COST),
     "WINDOW by 1, session": (same(FrameType.WINDOW, 0, increment(1)), PLAIN_COST),
     "WINDOW by 1, live": (same(FrameType.WINDOW, LIVE, increment(1)), PLAIN_COST),
+    "WINDOW by more than was sent, session": (same(FrameType.WINDOW, 0, increment(USEFUL_BYTES)), PLAIN_COST),
+    "WINDOW by more than was sent, live": (same(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES)), PLAIN_COST),
     "WINDOW, ended": (same(FrameType.WINDOW, ENDED, increment(STREAM_WINDOW)), PLAIN_COST),
     "DATA, ended": (same(FrameType.DATA, ENDED, b"x"), PLAIN_COST),
     "DATA_FIN, ended": (same(FrameType.DATA_FIN, ENDED), PLAIN_COST),
@@ -216,13 +218,33 @@ class TestFree:
     def left(self, peer: Peer) -> float:
         return peer.session._allowance._left
 
-    def test_data_and_credit_worth_a_frame(self, peer: Peer) -> None:
+    def test_data(self, peer: Peer) -> None:
         for _ in range(2_000):
             peer.write(FrameType.DATA, LIVE, b"x")
-        for _ in range(2_000):
-            peer.write(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES))
-            peer.write(FrameType.WINDOW, 0, increment(USEFUL_BYTES))
         assert self.left(peer) == BURST_UNITS
+
+    def test_credit_for_what_was_sent_however_late_it_comes(self, peer: Peer) -> None:
+        stream = peer.side.streams[LIVE]
+        for _ in range(20):
+            assert peer.session.send(stream, bytes(STREAM_WINDOW)) == STREAM_WINDOW
+            peer.answers()
+            for _ in range(STREAM_WINDOW // USEFUL_BYTES):
+                peer.write(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES))
+                peer.write(FrameType.WINDOW, 0, increment(USEFUL_BYTES))
+        assert self.left(peer) == BURST_UNITS
+
+    def test_credit_of_a_window_that_has_grown_after_each_growth_was_paid_for_once(self, peer: Peer) -> None:
+        stream = peer.side.streams[LIVE]
+        peer.write(FrameType.WINDOW, LIVE, increment(STREAM_WINDOW))
+        peer.write(FrameType.WINDOW, 0, increment(STREAM_WINDOW))
+        assert self.left(peer) == BURST_UNITS - 2 * PLAIN_COST
+        for _ in range(20):
+            assert peer.session.send(stream, bytes(2 * STREAM_WINDOW)) == 2 * STREAM_WINDOW
+            peer.answers()
+            for _ in range(2):
+                peer.write(FrameType.WINDOW, LIVE, increment(STREAM_WINDOW))
+                peer.write(FrameType.WINDOW, 0, increment(STREAM_WINDOW))
+        assert self.left(peer) == BURST_UNITS - 2 * PLAIN_COST
 
     def test_late_data_worth_a_frame(self, peer: Peer) -> None:
         for _ in range(SESSION_WINDOW // USEFUL_BYTES):

@@ -93,6 +93,7 @@ def test_a_window_is_raised_by_one_or_more_and_never_above_its_maximum(available
     if increment >= 1 and available + increment <= MAX_WINDOW:
         window.add(increment)
         assert window.available == available + increment
+        assert window.size == window.available
         return
     with pytest.raises(FlowControlError) as caught:
         window.add(increment)
@@ -119,7 +120,16 @@ def test_increments_at_the_edges(available: int, increment: int, *, allowed: boo
     else:
         with pytest.raises(FlowControlError):
             window.add(increment)
-    assert window.available == available + increment * allowed
+    assert window.available == window.size == available + increment * allowed
+
+
+def test_a_window_knows_the_most_that_it_ever_was() -> None:
+    window = SendWindow(100)
+    window.available -= 80
+    window.add(70)
+    assert (window.available, window.size) == (90, 100)
+    window.add(20)
+    assert (window.available, window.size) == (110, 110)
 
 
 # Receiving.

@@ -1,9 +1,10 @@
 """What a peer may ask of this side without use to anybody (docs/protocol.md, section 8).
 
 Frames that carry nothing of a stream cost this side time and its peer next to none: PING, PAD, SETTINGS,
-GOAWAY, WINDOW with a few bytes, whatever comes late for a stream that has ended, streams that are opened
-and reset. Each of them is charged to an allowance that fills up again with time. No peer that does its
-work comes near its end; a peer that passes it only wants to keep this side busy, and its session is over.
+GOAWAY, WINDOW with a few bytes or with more than was sent, whatever comes late for a stream that has
+ended, streams that are opened and reset. Each of them is charged to an allowance that fills up again
+with time. No peer that does its work comes near its end; a peer that passes it only wants to keep this
+side busy, and its session is over.
 
 DATA of a live stream is never charged: its windows bound it, and it is the work.
 """

@@ -112,22 +112,24 @@ def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
 def on_window(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, INCREMENT.size)
     increment = INCREMENT.unpack(frame.payload)[0]
-    if increment < USEFUL_BYTES:
+    stream, window = None, session._send_window
+    if frame.stream_id:
+        stream = stream_of(session, frame)
+        if stream is None:
+            if increment < 1:
+                raise FlowControlError("a window raised by 0")
+            session._allowance.charge(PLAIN_COST, session.now_s)
+            return
+        window = stream.send_window
+    # Credit for what was sent is free. More than that makes the window larger: no peer does so often.
+    if increment < USEFUL_BYTES or window.available + increment > window.size:
         session._allowance.charge(PLAIN_COST, session.now_s)
-    if frame.stream_id == 0:
-        was_shut = session._send_window.available == 0
-        session._send_window.add(increment)
+    was_shut = window.available == 0
+    window.add(increment)
+    if stream is None:
         if was_shut:
             yield session._event.set(EventKind.WRITABLE)
         return
-    stream = stream_of(session, frame)
-    if stream is None:
-        if increment < 1:
-            raise FlowControlError("a window raised by 0")
-        session._allowance.charge(PLAIN_COST, session.now_s)
-        return
-    was_shut = stream.send_window.available == 0
-    stream.send_window.add(increment)
     note_credit(session, stream, increment)
     if was_shut and stream.may_send:
         yield session._event.set(EventKind.WRITABLE, stream)

@@ -83,12 +83,16 @@ class Budget:
 
 
 class SendWindow:
-    """What may still be sent, in payload bytes."""
+    """What may still be sent, in payload bytes.
 
-    __slots__ = ("available",)
+    Attributes:
+        size: the most that it ever was.
+    """
+
+    __slots__ = ("available", "size")
 
     def __init__(self, size_bytes: int) -> None:
-        self.available = size_bytes
+        self.available = self.size = size_bytes
 
     def take(self, size_bytes: int) -> None:
         """Count bytes that are sent.
@@ -111,6 +115,7 @@ class SendWindow:
                 f"a window of {self.available} bytes raised by {increment_bytes}; at most {MAX_WINDOW} are allowed"
             )
         self.available += increment_bytes
+        self.size = max(self.size, self.available)
 
 
 class ReceiveWindow:
