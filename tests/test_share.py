@@ -125,6 +125,47 @@ def test_more_than_there_is_is_never_reserved() -> None:
     assert other.is_shed
 
 
+def test_windows_of_the_only_owner_grow_up_to_the_limit_and_no_further() -> None:
+    budget = Budget(growth_limit=100)
+    share = Share(budget, is_whole=True)
+    assert share.take_growth(60) == 60
+    assert share.take_growth(41) == 40
+    assert share.take_growth(1) == 0
+    assert (share.growth, budget.growth) == (100, 100)
+    share.give_growth(60)
+    assert (share.growth, budget.growth) == (40, 40)
+    assert share.take_growth(60) == 60
+
+
+def test_windows_of_one_owner_leave_growth_to_the_next() -> None:
+    budget = Budget(growth_limit=100)
+    alice, bob, carol = Share(budget), Share(budget), Share(budget)
+    assert [alice.take_growth(10) for _ in range(8)] == [10] * 5 + [0] * 3
+    assert [bob.take_growth(10) for _ in range(5)] == [10, 10, 10, 0, 0]
+    assert carol.take_growth(10) == 10
+    assert (alice.growth, bob.growth, carol.growth, budget.growth) == (50, 30, 10, 90)
+    alice.give_growth(50)
+    assert bob.take_growth(40) == 30  # what was left, but for as much as it has
+
+
+@given(st.integers(0, 1000), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 500))))
+def test_growth_never_passes_its_limit_and_all_of_it_comes_back(limit: int, wishes: list[tuple[int, int]]) -> None:
+    budget = Budget(growth_limit=limit)
+    shares = [Share(budget), Share(budget), Share(budget, is_whole=True)]
+    taken = []
+    for number, size in wishes:
+        left, before = budget.growth_left, shares[number].growth
+        got = shares[number].take_growth(size)
+        assert 0 <= got <= size
+        assert got == 0 or number == 2 or before + got <= left
+        taken.append((number, got))
+        assert budget.growth == sum(share.growth for share in shares) <= limit
+    for number, size in taken:
+        shares[number].give_growth(size)
+    assert budget.growth == 0
+    assert all(share.growth == 0 for share in shares)
+
+
 STEPS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60), st.booleans()), max_size=80)
 
 

@@ -49,28 +49,6 @@ def test_a_budget_is_nearly_full_from_95_percent_on() -> None:
     assert budget.is_nearly_full
 
 
-def test_growth_is_taken_up_to_the_limit_and_no_further() -> None:
-    budget = Budget(growth_limit=100)
-    assert budget.take_growth(60)
-    assert not budget.take_growth(41)
-    assert budget.growth == 60
-    assert budget.take_growth(40)
-    assert not budget.take_growth(1)
-    budget.give_growth(60)
-    assert budget.growth == 40
-    assert budget.take_growth(60)
-
-
-@given(st.integers(0, 1000), st.lists(st.integers(0, 500)))
-def test_growth_never_passes_its_limit_and_all_of_it_comes_back(limit: int, wishes: list[int]) -> None:
-    budget = Budget(growth_limit=limit)
-    taken = [size for size in wishes if budget.take_growth(size)]
-    assert budget.growth == sum(taken) <= limit
-    for size in taken:
-        budget.give_growth(size)
-    assert budget.growth == 0
-
-
 # Sending.
 
 

@@ -61,9 +61,12 @@ def give_stream_credit(session: Session, stream: Stream) -> None:
     window = stream.receive_window
     note_credit(session, stream, window.owed)
     liveness = session._liveness
-    budget = session._budget
-    growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
-    if growth > 0 and window.wants_growth(session.now_s, liveness.round_trip_s) and budget.take_growth(growth):
+    wanted = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size)
+    if (
+        wanted > 0
+        and window.wants_growth(session.now_s, liveness.round_trip_s)
+        and (growth := session.share.take_growth(wanted))
+    ):
         window.grow(growth)
         stream.grown_bytes += growth
         # The session's window grows along, or it would be the limit instead.

@@ -12,8 +12,9 @@ from reflex.errors import LocalError, SessionClosed, StreamsExhausted, StreamSta
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
 from reflex.protocol.frames import FrameEncoder
+from reflex.protocol.share import Share
 from reflex.protocol.streams import MAY_SEND, Stream
-from reflex.protocol.window import Budget, ReceiveWindow, SendWindow
+from reflex.protocol.window import ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
     CODE,
     DEFAULT_MAX_STREAMS,
@@ -34,7 +35,7 @@ class SendingHalf:
 
     Args:
         encoder: packs what is sent; the session's.
-        budget: where streams that end give their growth back.
+        share: where streams that end give their growth back.
         is_client: whether this side opens streams.
     """
 
@@ -52,12 +53,14 @@ class SendingHalf:
         "_send_window",
         "close_received",
         "close_sent",
+        "share",
         "streams",
     )
 
-    def __init__(self, encoder: FrameEncoder, budget: Budget, *, is_client: bool) -> None:
+    def __init__(self, encoder: FrameEncoder, share: Share, *, is_client: bool) -> None:
         self._encoder = encoder
-        self._budget = budget
+        self.share = share
+        self._budget = share.budget
         self._is_client = is_client
         self.streams: dict[int, Stream] = {}
         self._highest_id = -1  # of the client's streams: the last one opened
@@ -214,14 +217,14 @@ class SendingHalf:
         if stream.is_closed:
             del self.streams[stream.id]
             if stream.grown_bytes:
-                self._budget.give_growth(stream.grown_bytes)
+                self.share.give_growth(stream.grown_bytes)
                 self._receive_window.grow(-stream.grown_bytes)
                 stream.grown_bytes = 0
 
     def _drop_streams(self) -> None:
         """Every stream that is left is closed, and its growth given back."""
         for stream in self.streams.values():
-            self._budget.give_growth(stream.grown_bytes)
+            self.share.give_growth(stream.grown_bytes)
             stream.grown_bytes = 0
             stream.state = st.CLOSED
         self.streams.clear()

@@ -81,7 +81,6 @@ class Session(SendingHalf):
         "now_s",
         "peer_time_ms",
         "sealed_records",
-        "share",
     )
 
     def __init__(
@@ -100,9 +99,8 @@ class Session(SendingHalf):
         outgoing, incoming = secrets.root_client_to_server, secrets.root_server_to_client
         if not is_client:
             outgoing, incoming = incoming, outgoing
-        self.share = share or Share(budget or Budget())
         encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
-        super().__init__(encoder, self.share.budget, is_client=is_client)
+        super().__init__(encoder, share or Share(budget or Budget()), is_client=is_client)
         self.sealed_records: Sequence[object] = encoder.records
         self._decoder = FrameDecoder(CipherState(secrets.suite, incoming), pools.buffers, pools.frames)
         self._frames = pools.frames

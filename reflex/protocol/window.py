@@ -39,7 +39,7 @@ class Budget:
     Plain counters for one thread: the one that runs the sessions.
 
     Attributes:
-        growth: bytes by which windows have grown.
+        growth: bytes by which windows have grown; never above ``growth_limit``.
         buffered: received bytes that the application has, and has not consumed.
         kept: bytes of memory in which some of those wait (:mod:`reflex.protocol.share`); never above
             ``buffered_limit``.
@@ -69,17 +69,6 @@ class Budget:
     def growth_left(self) -> int:
         """How much windows may still grow."""
         return self.growth_limit - self.growth
-
-    def take_growth(self, size_bytes: int) -> bool:
-        """Reserve window growth; False, and nothing reserved, where the budget does not hold it."""
-        if self.growth + size_bytes > self.growth_limit:
-            return False
-        self.growth += size_bytes
-        return True
-
-    def give_growth(self, size_bytes: int) -> None:
-        """Return growth that :meth:`take_growth` reserved."""
-        self.growth -= size_bytes
 
 
 class SendWindow:
