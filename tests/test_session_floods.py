@@ -11,10 +11,12 @@ from reflex.errors import ProtocolError
 from reflex.protocol.allowance import (
     ABANDONED_COST,
     BURST_UNITS,
+    MOST_STREAMS,
     PLAIN_COST,
     RESET_COST,
     SESSION_COST,
     UNITS_PER_S,
+    UNITS_PER_STREAM,
     USEFUL_BYTES,
 )
 from reflex.protocol.events import Event, EventKind
@@ -32,6 +34,7 @@ from reflex.protocol.wire import (
     Code,
     FrameType,
     Network,
+    Setting,
     Status,
 )
 from tests.sessions import (
@@ -277,6 +280,48 @@ class TestFree:
         for stream_id in range(LIVE + 2, LIVE + 2 * FULL, 2):
             peer.write(FrameType.RESET, stream_id, code(Code.SHUTTING_DOWN))
         assert BURST_UNITS - self.left(peer) <= BURST_UNITS * part
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_session_with_as_many_streams_as_there_may_be_survives_the_end_of_all_of_them_at_once(
+    pools: Pools,
+    is_answered: bool,  # noqa: FBT001
+) -> None:
+    """Whichever half ends them, and though all its answers come late."""
+    count = 5_000
+    with connected(pools, max_streams=count) as pair:
+        for ending, other in ((pair.client, pair.server), (pair.server, pair.client)):
+            streams = [pair.client.open() for _ in range(count)]
+            pair.pump()
+            if is_answered:
+                for each in streams:
+                    pair.server.session.accept(pair.server.streams[each.id])
+                pair.pump()
+                for each in streams:
+                    other.session.send(other.streams[each.id], b"x")
+            for each in streams:
+                ending.session.reset(ending.streams[each.id], Code.SHUTTING_DOWN)
+            pair.pump()
+            assert not pair.client.session.streams
+            assert not pair.server.session.streams
+            pair.client.streams.clear()
+            pair.server.streams.clear()
+            pair.set_time(pair.client.session.now_s + 20)
+
+
+def test_settings_that_change_give_a_peer_nothing_more(pools: Pools) -> None:
+    with peer_of(pools, of_server=False) as server:
+        for _ in range(10):
+            for count in (10_000, 1, MOST_STREAMS, 2**60):
+                server.write(FrameType.SETTINGS, 0, SETTING.pack(Setting.MAX_STREAMS, count))
+        assert server.session._allowance.burst_units == UNITS_PER_STREAM * MOST_STREAMS
+        spent = 40 * (SESSION_COST + 1)
+        assert server.session._allowance._left == server.session._allowance.burst_units - spent
+
+
+def test_what_a_client_says_of_streams_gives_it_nothing(peer: Peer) -> None:
+    peer.write(FrameType.SETTINGS, 0, SETTING.pack(Setting.MAX_STREAMS, MOST_STREAMS))
+    assert peer.session._allowance.burst_units == BURST_UNITS
 
 
 def test_a_pair_that_moves_much_and_in_small_pieces_is_charged_next_to_nothing(pools: Pools) -> None:

@@ -110,6 +110,7 @@ class Session(SendingHalf):
         self.now_s = now_s
         self._liveness = Liveness(keepalive_s, now_s)
         self._allowance = Allowance(now_s)
+        self._allowance.allow_streams(self._max_streams)
         self.peer_time_ms = 0
         self.bulk_s = -math.inf
         self._left_off: tuple[memoryview, int] | None = None  # where the last draw stopped: the body, the next frame
