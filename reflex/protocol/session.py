@@ -20,7 +20,7 @@ from typing import Final
 from reflex.errors import FrameError, ProtocolError
 from reflex.protocol.allowance import Allowance
 from reflex.protocol.credit import give_session_credit, give_stream_credit, give_withheld_credit
-from reflex.protocol.events import Event, EventKind
+from reflex.protocol.events import NO_DATA, Event, EventKind
 from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
 from reflex.protocol.incoming import take, take_late_data
@@ -274,6 +274,7 @@ class Session(SendingHalf):
                     yield event
                 body, end = decoder.next_body(), 0
         finally:
+            event.data = NO_DATA  # an idle session holds no buffer
             if self._left_off is None:
                 decoder.settle()
 
