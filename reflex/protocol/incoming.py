@@ -253,6 +253,9 @@ def on_close(session: Session, frame: Frame) -> Iterator[Event]:
 def stream_of(session: Session, frame: Frame) -> Stream | None:
     """The frame's stream; None where it has ended.
 
+    A number below the highest one that was opened counts as that of a stream that has ended, also where the
+    client skipped it: no number is remembered.
+
     Raises:
         FrameError: there never was one.
     """

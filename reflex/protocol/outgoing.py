@@ -19,6 +19,7 @@ from reflex.protocol.wire import (
     CODE,
     DEFAULT_MAX_STREAMS,
     GOAWAY,
+    MAX_PAYLOAD_SIZE,
     MAX_STREAM_ID,
     SESSION_WINDOW,
     Code,
@@ -186,11 +187,15 @@ class SendingHalf:
 
         Raises:
             StreamStateError: the stream has ended, or is no UDP stream.
+            LocalError: address and data are more than a frame holds, MAX_PAYLOAD_SIZE.
         """
         if stream.is_tcp:
             raise StreamStateError(stream.id, repr(stream), "send a DATAGRAM")
+        payload = address.encode() + data
+        if len(payload) > MAX_PAYLOAD_SIZE:
+            raise LocalError(f"a datagram of {len(payload)} bytes with its address; at most {MAX_PAYLOAD_SIZE} fit")
         stream.move(st.SEND_DATA)
-        self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
+        self._encoder.write(FrameType.DATAGRAM, stream.id, payload)
 
     def reset(self, stream: Stream, code: Code) -> None:
         """End the stream in both directions; nothing where it has ended."""

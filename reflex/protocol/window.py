@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from reflex.errors import FlowControlError, WindowExceeded
+from reflex.errors import FlowControlError
 from reflex.protocol.wire import MAX_WINDOW
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Budget:
 
 
 class SendWindow:
-    """What may still be sent, in payload bytes.
+    """What may still be sent, in payload bytes. The session takes off what it sends.
 
     Attributes:
         size: the most that it ever was.
@@ -82,16 +82,6 @@ class SendWindow:
 
     def __init__(self, size_bytes: int) -> None:
         self.available = self.size = size_bytes
-
-    def take(self, size_bytes: int) -> None:
-        """Count bytes that are sent.
-
-        Raises:
-            WindowExceeded: more than is available; nothing is counted.
-        """
-        if size_bytes > self.available:
-            raise WindowExceeded(size_bytes, self.available)
-        self.available -= size_bytes
 
     def add(self, increment_bytes: int) -> None:
         """Count a WINDOW frame.
