@@ -27,10 +27,8 @@ from typing import Final
 
 from reflex.complaints import Complaints
 from reflex.config import InboundSettings
-from reflex.errors import StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net.failures import Failures, source_of
-from reflex.net.fallback import fallback_address
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
@@ -42,6 +40,8 @@ from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
+from reflex.net.web_server import web_server_address
+from reflex.protocol.address import Address
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
@@ -49,6 +49,7 @@ from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
 from reflex.saved_replay import SavedReplaySet
+from reflex.slots import close_all
 from reflex.users import Users
 from reflex.worker import WorkerContext
 
@@ -102,36 +103,41 @@ class Inbound:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
         settings = self._settings
         fallback = settings.fallback
-        self._door = Door(
-            loop=self._loop,
-            credentials=self._credentials,
-            replay=self._replay,
-            pools=self._pools,
-            counters=self._counters,
-            failures=Failures(),
-            complaints=Complaints(),
-            handshake_timeout_s=settings.limits.handshake_timeout_s,
-            fallback=None if fallback is None else await fallback_address(fallback.host, fallback.port),
-            on_hello=self._on_hello,
-            on_end=self._on_greeting_end,
-        )
-        self._users.start()
+        web_server: Address | None = None
+        sockets: list[socket.socket] = []
         try:
-            for position, address in enumerate(settings.listen):
-                if self._shared is None:
-                    sock = open_listening(address.host, address.port)
-                else:
-                    sock = self._shared.sockets[position]
-                listener = Listener(
-                    self._loop, sock, self._on_accept, self._on_accept_pause, accepts_per_turn=ACCEPTS_PER_TURN
-                )
-                self._listeners.append(listener)
-                listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
-        except StartError:
-            self._stop_listening()
+            if self._shared is None:
+                for address in settings.listen:
+                    sockets.append(open_listening(address.host, address.port))
+            else:
+                sockets += self._shared.sockets
+            if fallback is not None:
+                web_server = await web_server_address(fallback.host, fallback.port, sockets)
+            self._door = Door(
+                loop=self._loop,
+                credentials=self._credentials,
+                replay=self._replay,
+                pools=self._pools,
+                counters=self._counters,
+                failures=Failures(),
+                complaints=Complaints(),
+                handshake_timeout_s=settings.limits.handshake_timeout_s,
+                fallback=web_server,
+                on_hello=self._on_hello,
+                on_end=self._on_greeting_end,
+            )
+            self._users.start()
+        except BaseException:
+            close_all(sockets)
             self._replay.close()
             await self._users.close()
             raise
+        for sock in sockets:
+            listener = Listener(
+                self._loop, sock, self._on_accept, self._on_accept_pause, accepts_per_turn=ACCEPTS_PER_TURN
+            )
+            self._listeners.append(listener)
+            listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         return [listener.address for listener in self._listeners]
 
     # 1. A connection arrives.

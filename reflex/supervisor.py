@@ -80,7 +80,7 @@ RunWorker = Callable[[WorkerContext, Control], int]
 
 
 def run_workers(
-    make: Callable[[WorkerContext], Daemon],
+    prepare: Callable[[Sequence[socket.socket]], Callable[[WorkerContext], Daemon]],
     *,
     listen: Sequence[tuple[str, int]],
     workers: int,
@@ -89,10 +89,12 @@ def run_workers(
     limited_users: int = 0,
     replay_file: Path | None = None,
 ) -> int:
-    """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
+    """Runs several daemons as one; returns the process's exit code.
 
     Args:
-        make: called once in each worker, inside the running event loop; may raise StartError or OSError.
+        prepare: called once, before there are workers, with one listening socket for each address; may raise
+            StartError. It returns what makes the daemon: called once in each worker, inside the running event loop;
+            may raise StartError or OSError.
         listen: the addresses, host and port (0: any free one), in the order in which a worker gets its sockets.
         workers: how many.
         name: the name of the daemon's logger, such as ``reflex.inbound``.
@@ -111,13 +113,17 @@ def run_workers(
         return run_daemon(lambda: make(context), name=name, log_level=log_level, control=control, label=label)
 
     groups: list[list[socket.socket]] = []
+    replay: SavedReplaySet | None = None
     try:
         replay = SavedReplaySet(replay_file)
         for host, port in listen:
             groups.append(open_shared(host, port, count=workers))
+        make = prepare([group[0] for group in groups])
     except StartError as error:
         for group in groups:
             close_all(group)
+        if replay is not None:
+            replay.close()
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
     return Supervisor(groups, run_worker, log, limited_users=limited_users, replay=replay).run()

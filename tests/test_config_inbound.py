@@ -71,6 +71,13 @@ keepalive_s = 0
     assert loaded.tcp == TcpSettings(nodelay=False, keepalive_s=0)
 
 
+def test_a_fallback_that_is_listened_on_is_refused(tmp_path: Path) -> None:
+    text = INBOUND.replace('"0.0.0.0:8443"', '"0.0.0.0:8443", "127.0.0.1:8443"')
+    assert text != INBOUND
+    problem = inbound_problem(tmp_path, f'fallback = "127.0.0.1:8443"\n{text}')
+    assert problem == "fallback: the same as listen[1]; expected the address of a web server"
+
+
 # Limits of a user
 
 

@@ -27,9 +27,11 @@ from reflex.net.listener import open_listening, open_shared
 from reflex.protocol.wire import SERVER_HELLO_SIZE
 from reflex.supervisor import MAX_DELAY_S, replacement_delay_s
 from tests.processes import (
+    HELLO,
     EchoServer,
     Keys,
     Origin,
+    free_port,
     hello_bytes,
     make_pair,
     receive_exactly,
@@ -454,6 +456,47 @@ def test_what_no_worker_can_start_with_ends_the_daemon(tmp_path: Path, keys: Key
         assert inbound.wait() == 2
         (line,) = inbound.lines
         assert "ERROR reflex.inbound: cannot start: fallback: " in line
+
+
+def test_a_fallback_that_is_the_server_itself_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:
+    port = free_port()
+    settings = {"workers": 2, "listen": [f"0.0.0.0:{port}"], "fallback": f"127.0.0.1:{port}"}
+    with start_inbound(tmp_path, keys, settings) as inbound:
+        assert inbound.wait() == 2
+        (line,) = inbound.lines
+        assert line.endswith(f"cannot start: fallback: 127.0.0.1:{port} is this server itself")
+
+
+KNOWN_ONCE = """
+import socket
+real, asked = socket.getaddrinfo, []
+
+def getaddrinfo(host, *more, **others):
+    if host != "web.example":
+        return real(host, *more, **others)
+    asked.append(host)
+    if len(asked) > 1:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return real("127.0.0.1", *more, **others)
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_a_fallbacks_name_is_looked_up_once_for_all_workers_and_replacements(tmp_path: Path, keys: Keys) -> None:
+    with Origin() as origin:
+        overrides = {"workers": 2, "fallback": f"web.example:{origin.port}"}
+        with start_inbound(tmp_path, keys, overrides, prelude=KNOWN_ONCE) as inbound:
+            ((_, port),) = inbound.wait_ready()
+            for victim in children(inbound):
+                seen = len(inbound.lines)
+                os.kill(victim, signal.SIGKILL)
+                inbound.wait_for_line(r"worker \d is ready again", since=seen)
+            for _ in range(20):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+                connection.request("GET", "/hello")
+                assert connection.getresponse().read() == HELLO
+                connection.close()
 
 
 def test_an_unexpected_end_while_starting_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:

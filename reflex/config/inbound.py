@@ -119,6 +119,10 @@ def read_inbound(document: Document) -> InboundSettings:
     refuse_repeated_listen(document, listen)
     private_key = root.secret_key("private_key", file_key="private_key_file")
     fallback = root.text("fallback", HostPort.parse, expected=EXPECTED_ADDRESS)
+    for place, address in listen:
+        if address == fallback:
+            root.problem("fallback", f"the same as {place}", "the address of a web server")
+            break
     workers = read_workers(root)
     usage_file = root.file_path("usage_file")
     replay_file = root.file_path("replay_file")

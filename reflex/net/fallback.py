@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Final
 
 from reflex.complaints import Complaints
-from reflex.errors import DialError, StartError
+from reflex.errors import DialError
 from reflex.loop import drop_reader
 from reflex.net.backlog import Backlog
-from reflex.net.dial import begin_connect, finish_connect, is_connected, resolve
+from reflex.net.dial import begin_connect, finish_connect, is_connected
 from reflex.net.hangup import hung_up
 from reflex.net.options import set_reset_on_close
 from reflex.pool import TieredPool
@@ -30,15 +30,6 @@ log = logging.getLogger(__name__)
 READ_BYTES: Final = 32_768
 HALF_CLOSED_S: Final = 120.0  # of silence after the web server's FIN; twice what Linux gives those it does not serve
 LOOK_S: Final = 5.0  # how often it is looked whether a connection is gone that no event tells of
-
-
-async def fallback_address(host: str, port: int) -> Address:
-    """The web server's IP address: a name is resolved once, at the start. Raises StartError."""
-    try:
-        info = (await resolve(host, port))[0]
-    except DialError as error:
-        raise StartError(f"fallback: {error}") from error
-    return Address.of(str(info[4][0]), port)
 
 
 class _Side:
