@@ -25,7 +25,6 @@ from bench.local import Process
 from reflex import supervisor
 from reflex.net.listener import open_listening, open_shared
 from reflex.protocol.wire import SERVER_HELLO_SIZE
-from reflex.supervisor import MAX_DELAY_S, replacement_delay_s
 from tests.processes import (
     HELLO,
     EchoServer,
@@ -46,16 +45,6 @@ TIMEOUT_S = 20
 @pytest.fixture
 def keys() -> Keys:
     return Keys.generate()
-
-
-def test_replacement_delays_grow() -> None:
-    delays = [replacement_delay_s(deaths) for deaths in (0, 1, 2, 3, 4, 1000)]
-    assert delays == [0, 0, 0.2, 0.4, 0.8, MAX_DELAY_S]
-
-
-def test_every_end_has_a_text() -> None:
-    texts = [supervisor._how_it_ended(code) for code in (3, -signal.SIGSEGV, -(signal.SIGRTMIN + 1))]
-    assert texts == ["ended with code 3", "was ended by SIGSEGV", f"was ended by signal {signal.SIGRTMIN + 1}"]
 
 
 def test_a_machine_without_room_for_processes(
@@ -216,6 +205,35 @@ def test_a_worker_that_does_not_answer_is_replaced_and_who_does_is_left_alone(
         assert other in children(outbound)
         for _ in range(20):
             echo(socks_port, echo_port)
+
+
+STUCK_ONCE_REPLACED = """
+import os, time
+import reflex.supervisor
+from reflex.inbound import Inbound
+reflex.supervisor.LOOK_INTERVAL_S = 0.3
+start, parent, forks, fork = Inbound.start, os.getpid(), [], os.fork
+
+def count():
+    forks.append(0)
+    return fork()
+
+async def stuck(self):
+    while len(forks) == 3:
+        time.sleep(60)
+    return await start(self)
+
+os.fork, Inbound.start = count, stuck
+"""
+
+
+def test_a_replacement_that_does_not_become_ready_is_replaced(tmp_path: Path, keys: Keys) -> None:
+    with start_inbound(tmp_path, keys, {"workers": 2}, prelude=STUCK_ONCE_REPLACED) as inbound:
+        inbound.wait_ready()
+        os.kill(children(inbound)[0], signal.SIGKILL)
+        stuck = inbound.wait_for_line(r"worker (\d) \(process \d+\) does not become ready: killed").group(1)
+        inbound.wait_for_line(rf"worker {stuck} is ready again")
+        assert len(children(inbound)) == 2
 
 
 def test_when_all_were_stopped_for_a_while_none_is_taken_for_dead(tmp_path: Path, keys: Keys, echo_port: int) -> None:
@@ -403,6 +421,27 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path, echo_port: int) -> Non
             pair.outbound.send_signal(signal.SIGINT)
             assert pair.outbound.wait() == 128 + signal.SIGINT
         assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_worker_that_died_just_before_the_stop_is_replaced_for_those_in_its_queue(
+    tmp_path: Path, echo_port: int
+) -> None:
+    """Its end and the order come in the same wake-up."""
+    with make_pair(tmp_path, outbound={"workers": 2}) as pair:
+        victims = children(pair.outbound)
+        for pid in (*victims, pair.outbound.pid):
+            os.kill(pid, signal.SIGSTOP)
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            done = [pool.submit(echo, pair.socks_port, echo_port) for _ in range(20)]
+            until(lambda: queued(pair.socks_port) == 20)
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: not any(is_alive(pid) for pid in victims))
+            pair.outbound.send_signal(signal.SIGTERM)
+            pair.outbound.send_signal(signal.SIGCONT)
+            for each in done:
+                each.result(TIMEOUT_S)
+        assert pair.outbound.wait() == 0
 
 
 def test_signals_to_workers_are_not_orders(tmp_path: Path, echo_port: int) -> None:
