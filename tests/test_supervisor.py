@@ -466,6 +466,39 @@ def test_workers_end_with_their_parent(tmp_path: Path, echo_port: int) -> None:
         assert sum("the parent process has ended" in line for line in pair.outbound.lines) == 2
 
 
+def test_a_parent_that_is_killed_while_its_workers_drain_cuts_no_stream(tmp_path: Path, echo_port: int) -> None:
+    with make_pair(tmp_path, outbound={"workers": 2}) as pair:
+        pids = children(pair.outbound)
+        socks = [socks_connect(pair.socks_port, "127.0.0.1", echo_port) for _ in range(20)]
+        pair.outbound.send_signal(signal.SIGTERM)
+        for number in (1, 2):
+            pair.outbound.wait_for_line(f"worker {number}: SIGTERM: draining")
+        os.kill(pair.outbound.pid, signal.SIGKILL)
+        until(lambda: sum("the parent process has ended" in line for line in pair.outbound.lines) == 2)
+        for sock in socks:
+            with sock:
+                sock.sendall(b"still here")
+                assert receive_exactly(sock, 10) == b"still here"
+        until(lambda: not any(is_alive(pid) for pid in pids))
+        assert sum(line.endswith(": stopped") for line in pair.outbound.lines) == 2
+
+
+def test_a_report_that_the_whole_group_is_asked_for_comes_once_from_each_worker_at_every_level(
+    tmp_path: Path, keys: Keys
+) -> None:
+    with start_inbound(tmp_path, keys, {"workers": 2}, arguments=["--log-level", "error"]) as inbound:
+        inbound.wait_ready()
+        for pid in (*children(inbound), inbound.pid):
+            os.kill(pid, signal.SIGUSR1)
+        for number in (1, 2):
+            inbound.wait_for_line(f"worker {number}: statistics: ")
+        statistics(inbound, workers=2)  # asked for once more, so that what came before has come
+        assert inbound.stop() == 0
+        reports = [line for line in inbound.lines if "statistics: " in line]
+        assert len(reports) == 4
+        assert all(" INFO reflex.inbound: worker " in line for line in reports)
+
+
 def test_an_orphan_that_drains_ends_on_a_signal(tmp_path: Path, echo_port: int) -> None:
     with make_pair(tmp_path, outbound={"workers": 2}) as pair:
         pids = children(pair.outbound)
