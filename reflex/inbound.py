@@ -9,8 +9,8 @@
    connection becomes a :class:`Tunnel`.
 3. Each OPEN on it becomes a :class:`TargetRelay`, which dials the target, answers, and relays.
    A user that has limits of its own is asked first: :class:`UserLimits`.
-4. Draining: nothing new is accepted, tunnels say GOAWAY and close with their last stream; what is left
-   after ``drain_s`` is reset.
+4. Draining: nothing new is accepted, tunnels say GOAWAY and close with their last stream, what is idle at the
+   fallback is ended; what is left after ``drain_s`` is reset.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from reflex.complaints import Complaints
 from reflex.config import InboundSettings
 from reflex.metrics import Counters, statistics_json
 from reflex.net.failures import Failures, source_of
+from reflex.net.fallback import Fallback, end_idle
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
@@ -345,10 +346,14 @@ class Inbound:
         self._check_all_ended()
         try:
             async with asyncio.timeout_at(deadline_s):
-                await self._all_ended.wait()
+                await end_idle(self._fallbacks, self._all_ended)
         except TimeoutError:
             log.info(
-                "%d tunnels still had streams after %g s: reset", len(self._tunnels), self._settings.limits.drain_s
+                "not ended after %g s, and reset: %d tunnels, %d connections to targets, %d to the web server",
+                self._settings.limits.drain_s,
+                len(self._tunnels),
+                len(self._relays),
+                len(self._fallbacks()),
             )
             for greeting in list(self._greetings):
                 greeting.end(reset=True)
@@ -358,6 +363,9 @@ class Inbound:
         self._trimmer.stop()
         await self._users.close()
         self.report()
+
+    def _fallbacks(self) -> list[Fallback]:
+        return [greeting.fallback for greeting in self._greetings if greeting.fallback is not None]
 
     async def _cut_what_lingers(self) -> None:
         """Every tunnel was closed: their peers get a moment to see it, what is left then is cut."""
