@@ -36,6 +36,7 @@ from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_liste
 from reflex.net.options import is_loopback, set_unpaced
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
+from reflex.net.room import Room
 from reflex.net.talk import Talk
 from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
@@ -59,7 +60,6 @@ log = logging.getLogger(__name__)
 # A stranger costs up to a quarter of a millisecond: after so many it is the tunnels' turn again, so that a flood
 # which takes all of the processor leaves each of them a read every two milliseconds.
 ACCEPTS_PER_TURN: Final = 8
-DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see _has_room) grows smaller
 
 
 class Inbound:
@@ -94,7 +94,9 @@ class Inbound:
         self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
         self._talk = Talk()
-        self._discarding = 0  # connections of tunnels that ended by a fatal error
+        self._room = Room(
+            settings.limits.max_connections, self._greetings, self._tunnels, counters=self._counters, shared=shared
+        )
         self._relays: set[Relay] = set()
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -144,7 +146,7 @@ class Inbound:
     # 1. A connection arrives.
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if not self._has_room():
+        if not self._room.has_room():
             self._counters.connections_refused += 1
             sock.close()
             return
@@ -158,45 +160,14 @@ class Inbound:
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
         self._greetings[Greeting(self._door, sock, f"{host}:{port}", source_of(host))] = None
-        self._publish_connections()
+        self._room.publish()
 
     def _on_accept_pause(self) -> None:
         self._counters.accept_pauses += 1
 
-    def _has_room(self) -> bool:
-        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
-
-        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
-        other workers, a worker without any takes one connection beyond it: the others make up for
-        that with the next connections that they accept.
-        """
-        limit = self._settings.limits.max_connections
-        for _ in range(DISPLACED_PER_ACCEPT):
-            if self._connections() < limit or not self._greetings:
-                break
-            self._counters.connections_displaced += 1
-            next(iter(self._greetings)).end(reset=False)
-        if self._connections() < limit:
-            return True
-        tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
-        return not self._greetings and len(self._tunnels) + self._discarding + tunnels_elsewhere < limit
-
-    def _connections(self) -> int:
-        """How many there are, in all workers."""
-        elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
-        return self._own_connections() + elsewhere
-
-    def _own_connections(self) -> int:
-        return len(self._greetings) + len(self._tunnels) + self._discarding
-
-    def _publish_connections(self) -> None:
-        if self._shared is not None:
-            self._shared.connections.publish(self._own_connections())
-            self._shared.tunnels.publish(len(self._tunnels) + self._discarding)
-
     def _on_greeting_end(self, greeting: Greeting) -> None:
         self._greetings.pop(greeting, None)
-        self._publish_connections()
+        self._room.publish()
         self._check_all_ended()
 
     # 2. It is Reflex.
@@ -250,10 +221,10 @@ class Inbound:
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
             on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),
-            on_discard=self._on_discard,
+            on_discard=self._room.discard,
         )
         self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
-        self._publish_connections()
+        self._room.publish()
         if user is not None and is_allowed:
             user.add(tunnel)
         if rest:
@@ -263,13 +234,8 @@ class Inbound:
         del self._tunnels[tunnel]
         if user is not None:
             user.remove(tunnel)
-        self._publish_connections()
+        self._room.publish()
         self._check_all_ended()
-
-    def _on_discard(self, change: int) -> None:
-        """A tunnel has failed, and its connection is kept for a while, or not any more: it counts meanwhile."""
-        self._discarding += change
-        self._publish_connections()
 
     # 3. A stream is opened.
 
