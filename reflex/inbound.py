@@ -109,6 +109,7 @@ class Inbound:
         web_server: Address | None = None
         sockets: list[socket.socket] = []
         try:
+            self._users.start()
             if self._shared is None:
                 for address in settings.listen:
                     sockets.append(open_listening(address.host, address.port))
@@ -129,7 +130,6 @@ class Inbound:
                 on_hello=self._on_hello,
                 on_end=self._on_greeting_end,
             )
-            self._users.start()
         except BaseException:
             close_all(sockets)
             self._replay.close()

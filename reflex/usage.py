@@ -22,7 +22,6 @@ from reflex.database import in_transaction, open_database, reason_of
 
 log = logging.getLogger(__name__)
 
-WRITE_INTERVAL_S: Final = 2.0
 BUSY_TIMEOUT_S: Final = 5.0  # while another process writes, which takes milliseconds
 LAST_WRITE_S: Final = 2.0  # for the last write of a process that ends at once
 COMPLAINT_INTERVAL_S: Final = 60.0
