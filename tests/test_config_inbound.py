@@ -128,6 +128,12 @@ def test_a_monthly_limit_needs_a_file(tmp_path: Path) -> None:
         assert inbound_problem(tmp_path, f"{text}{INBOUND}monthly_bytes = 1").startswith("usage_file: the ")
 
 
+@pytest.mark.parametrize("again", ["usage.sqlite", "./usage.sqlite", "a/../usage.sqlite"])
+def test_usage_and_replays_do_not_share_a_file(tmp_path: Path, again: str) -> None:
+    problem = inbound_problem(tmp_path, f'usage_file = "usage.sqlite"\nreplay_file = "{again}"\n{INBOUND}')
+    assert problem == "replay_file: the same as usage_file; expected a file of its own"
+
+
 # Target rules
 
 
