@@ -25,6 +25,7 @@ from bench.local import Process
 from reflex import supervisor
 from reflex.net.listener import open_listening, open_shared
 from reflex.protocol.wire import SERVER_HELLO_SIZE
+from reflex.usage import LAST_WRITE_S
 from tests.processes import (
     HELLO,
     EchoServer,
@@ -45,6 +46,10 @@ TIMEOUT_S = 20
 @pytest.fixture
 def keys() -> Keys:
     return Keys.generate()
+
+
+def test_who_ends_at_once_may_finish_its_last_write() -> None:
+    assert supervisor.KILL_AFTER_S > LAST_WRITE_S
 
 
 def test_a_machine_without_room_for_processes(
