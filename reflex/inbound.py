@@ -315,11 +315,11 @@ class Inbound:
                 await end_idle(self._fallbacks, self._all_ended)
         except TimeoutError:
             log.info(
-                "not ended after %g s, and reset: %d tunnels, %d connections to targets, %d to the web server",
-                self._settings.limits.drain_s,
+                "%d tunnels, %d connections to targets and %d to the web server had not ended after %g s: reset",
                 len(self._tunnels),
                 len(self._relays),
                 len(self._fallbacks()),
+                self._settings.limits.drain_s,
             )
             for greeting in list(self._greetings):
                 greeting.end(reset=True)
