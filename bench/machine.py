@@ -10,16 +10,22 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("cryptography", "uvloop")
+CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")  # of the network that this process is in
 
 
-def describe() -> dict[str, str]:
-    """The processor, the kernel, Python and what matters of its packages, the date."""
+def describe(*, system_congestion_control: str | None = None) -> dict[str, str]:
+    """The processor, the kernel, Python and what matters of its packages, the date.
+
+    ``system_congestion_control`` is the system's own default, where the run has a network of its own.
+    """
+    control = congestion_control()
     return {
         "processor": processor_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory_gib():.0f} GiB",
         "kernel": f"{platform.system()} {kernel_version()} {platform.machine()}",
-        "congestion control": congestion_control(),
+        "congestion control": control,
+        "the system's congestion control": system_congestion_control or control,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         **{name: version for name in _PACKAGES if (version := _package_version(name))},
         "date": time.strftime("%Y-%m-%d"),
@@ -38,9 +44,8 @@ def processor_name() -> str:
 
 
 def congestion_control() -> str:
-    """The system's default for TCP; one that paces (bbr) makes every peer slower on loopback."""
-    path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    return path.read_text().strip() if path.exists() else "unknown"
+    """TCP's default in this process's network; one that paces (bbr) makes every peer slower on loopback."""
+    return CONGESTION_CONTROL.read_text().strip() if CONGESTION_CONTROL.exists() else "unknown"
 
 
 def memory_gib() -> float:

@@ -1,10 +1,12 @@
 """The comparison: every system by every figure, in turn, several rounds; a table and JSON.
 
-``python -m bench.peers [--rounds N] [--seconds S] [--systems a,b] [--figures x,y] [--json OUT.json]``
+``python -m bench.peers [--rounds N] [--seconds S] [--systems a,b] [--figures x,y] [--congestion NAME] [--json OUT]``
 
 Each figure starts each system fresh. Within a round a figure goes through all systems before the next
 figure begins, and each round starts with another system, so that what changes on the machine meanwhile
-meets all of them. What is reported are medians over the rounds.
+meets all of them. What is reported are medians over the rounds. With ``--congestion cubic`` all of it happens in a
+network of its own, where that is TCP's default: one that paces (bbr) costs the peers on loopback, where Reflex
+switches it off.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from bench.figures import FIGURES, applies, raise_descriptor_limit
 from bench.halves import StartFailed
 from bench.loadtools import TOOLS, ToolFailed
 from bench.machine import describe
+from bench.network import enter_own_network
 from bench.systems import OURS, SYSTEMS, program_version, which
 from bench.targets import ROWS, Medians, best_peer, medians, short, value_by_system, verdict_text, verdicts
 
@@ -43,9 +46,18 @@ def choose(names: str | None, known: Sequence[str]) -> list[str]:
 
 
 def compare(
-    *, rounds: int, seconds: float, systems: Sequence[str], figures: Sequence[str], results: Results | None = None
+    *,
+    rounds: int,
+    seconds: float,
+    systems: Sequence[str],
+    figures: Sequence[str],
+    system_congestion_control: str | None = None,
+    results: Results | None = None,
 ) -> Results:
-    """Measure; returns what is written as JSON. ``results``, if given, is filled and can be kept when interrupted."""
+    """Measure; returns what is written as JSON. ``results``, if given, is filled and can be kept when interrupted.
+
+    ``system_congestion_control`` is written down; it differs from what is in use in a network of the run's own.
+    """
     results = {} if results is None else results
     missing = [tool for tool, command in TOOLS.items() if which(command[0]) == command[0]]
     if missing:
@@ -56,7 +68,7 @@ def compare(
     for name, package in left_out.items():
         print(f"left out: {SYSTEMS[name].label} is not installed (Debian: {package})", flush=True)
     results |= {
-        "machine": describe(),
+        "machine": describe(system_congestion_control=system_congestion_control),
         "versions": {name: version for name in chosen if (version := SYSTEMS[name].version())}
         | {tool: program_version(command) for tool, command in TOOLS.items()},
         "left_out": left_out,
@@ -108,12 +120,26 @@ def medians_of(results: Mapping[str, Any]) -> Medians:
     }
 
 
+def congestion_text(machine: Mapping[str, str]) -> str:
+    """``congestion control: cubic, in a network of the run's own; the system's: bbr``."""
+    control, default = machine.get("congestion control", "unknown"), machine.get("the system's congestion control")
+    own = f", in a network of the run's own; the system's: {default}" if default not in (None, control) else ""
+    return f"congestion control: {control}{own}"
+
+
+def add_congestion_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--congestion", metavar="NAME", help="TCP's congestion control for all, in a network of the run's own; as root"
+    )
+
+
 def table(results: Mapping[str, Any]) -> str:
     """Rows by systems with medians, then what was aimed at and how it came out."""
     found = medians_of(results)
     measured = {name for systems in found.values() for name in systems}
     names = [name for name in SYSTEMS if name in measured]
-    lines = [f"{'':<34}" + "".join(f"{name:>{COLUMN_WIDTH}}" for name in names)]
+    lines = [congestion_text(results.get("machine", {}))]
+    lines += [f"{'':<34}" + "".join(f"{name:>{COLUMN_WIDTH}}" for name in names)]
     held = []
     for row in ROWS:
         values = value_by_system(row, found)
@@ -146,14 +172,23 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, metavar="S", help="of each measurement")
     parser.add_argument("--systems", metavar="A,B", help=f"of: {', '.join(SYSTEMS)}")
     parser.add_argument("--figures", metavar="X,Y", help=f"of: {', '.join(FIGURES)}")
+    add_congestion_option(parser)
     parser.add_argument("--json", type=Path, metavar="OUT.json")
     arguments = parser.parse_args()
     unwind_on_sigterm()
     systems, figures = choose(arguments.systems, list(SYSTEMS)), choose(arguments.figures, list(FIGURES))
+    system_control = enter_own_network(arguments.congestion) if arguments.congestion else None
     results: Results = {}
     status = 0
     try:
-        compare(rounds=arguments.rounds, seconds=arguments.seconds, systems=systems, figures=figures, results=results)
+        compare(
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            systems=systems,
+            figures=figures,
+            system_congestion_control=system_control,
+            results=results,
+        )
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured so far:", file=sys.stderr)
         status = 130

@@ -16,7 +16,17 @@ from types import ModuleType
 from typing import Any, Final
 
 from bench.figures import FIGURES
-from bench.peers import DEFAULT_ROUNDS, DEFAULT_SECONDS, Results, choose, compare, table, unwind_on_sigterm
+from bench.network import enter_own_network
+from bench.peers import (
+    DEFAULT_ROUNDS,
+    DEFAULT_SECONDS,
+    Results,
+    add_congestion_option,
+    choose,
+    compare,
+    table,
+    unwind_on_sigterm,
+)
 from bench.report import comparison, write
 from bench.systems import OURS, SYSTEMS
 
@@ -48,7 +58,7 @@ def measure_in_process(results: Results, *, quick: bool) -> None:
         print(f"{text}\n", flush=True)
         if name == "allocations":  # the table says it all; the sites behind it are many
             results["allocations_table"] = text
-            results["allocations"] = {"claims": found.get("claims", [])}
+            results["allocations"] = {"claims": found.get("claims", []), "loop": found.get("loop")}
         else:
             results[name] = found
 
@@ -60,6 +70,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, metavar="S", help=f"default: {DEFAULT_SECONDS:g}; {QUICK_SECONDS:g}")
     parser.add_argument("--systems", metavar="A,B", help="default: all")
     parser.add_argument("--figures", metavar="X,Y", help="default: all")
+    add_congestion_option(parser)
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="default: bench/results/latest.json; quick.json")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print this run beside an earlier one")
     arguments = parser.parse_args()
@@ -69,9 +80,10 @@ def main() -> int:
     systems = [OURS] if quick and not arguments.systems else choose(arguments.systems, list(SYSTEMS))
     figures = list(QUICK_FIGURES) if quick and not arguments.figures else choose(arguments.figures, list(FIGURES))
     results: Results = {"command": "make bench-quick" if quick else "make bench"}
-    if arguments.rounds or arguments.seconds or arguments.systems or arguments.figures:
+    if any((arguments.rounds, arguments.seconds, arguments.systems, arguments.figures, arguments.congestion)):
         results["command"] = "python -m bench.run " + " ".join(sys.argv[1:])
     unwind_on_sigterm()
+    system_control = enter_own_network(arguments.congestion) if arguments.congestion else None
     try:
         measure_in_process(results, quick=quick)
         compare(
@@ -79,6 +91,7 @@ def main() -> int:
             seconds=arguments.seconds or (QUICK_SECONDS if quick else DEFAULT_SECONDS),
             systems=systems,
             figures=figures,
+            system_congestion_control=system_control,
             results=results,
         )
     except KeyboardInterrupt:

@@ -110,7 +110,7 @@ class Bar:
     best: str
 
 
-BAR_STEP: Final = 30
+BAR_STEP: Final = 26
 BAR_HEIGHT: Final = 18
 NUMBER_WIDTH: Final = 42
 LABEL_SPACE: Final = 212
@@ -138,7 +138,9 @@ def bars(title: str, subtitle: str, rows: Sequence[Bar], *, reference: str, colu
         colour = OURS_COLOUR if row.advantage >= 1 else MISSED_COLOUR
         drawing.text(left - 10, middle, row.label, anchor="end")
         drawing.box(left, y + (BAR_STEP - BAR_HEIGHT) / 2, width, BAR_HEIGHT, colour, radius=2)
-        drawing.box(left + width + 2, y + 6, NUMBER_WIDTH, BAR_HEIGHT, BACKGROUND)  # the line at 1 does not cross it
+        drawing.box(
+            left + width + 2, y + (BAR_STEP - BAR_HEIGHT) / 2, NUMBER_WIDTH, BAR_HEIGHT, BACKGROUND
+        )  # the line at 1 does not cross it
         number_text = f"{row.advantage:.2f}×" if row.advantage < 10 else f"{row.advantage:.0f}×"
         drawing.text(left + width + 5, middle, number_text, weight="bold")
         drawing.text(ours_x, middle, row.ours, anchor="end", weight="bold")

@@ -64,7 +64,7 @@ class _DirectSelector(selectors.BaseSelector):
         # By descriptor. Lists, since descriptors are small and a list never moves while it is not grown.
         self.readers: list[Callback | None] = [None] * FIRST_DESCRIPTORS
         self.writers: list[Callback | None] = [None] * FIRST_DESCRIPTORS
-        self.fresh: set[int] = set()  # registered while events of one poll are handled: none of them are theirs
+        self.fresh: list[int] = []  # few; registered while events of one poll are handled: none of them are theirs
         self.turn_end: list[Callback] = []
         self.is_wanted = False  # asyncio has something to do
         self.is_expecting = False  # see DirectLoop.expect_soon
@@ -84,7 +84,7 @@ class _DirectSelector(selectors.BaseSelector):
                 self.epoll.modify(fd, _IN | _OUT)
             else:
                 self.epoll.register(fd, _IN if own is self.readers else _OUT)
-                self.fresh.add(fd)
+                self.fresh.append(fd)
         own[fd] = callback
 
     def remove(self, fd: int, own: list[Callback | None], other: list[Callback | None]) -> bool:
@@ -106,7 +106,7 @@ class _DirectSelector(selectors.BaseSelector):
             raise KeyError(f"{fileobj!r} is registered already")
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         self.epoll.register(fd, _mask(events))
-        self.fresh.add(fd)
+        self.fresh.append(fd)
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
@@ -160,14 +160,18 @@ class _DirectSelector(selectors.BaseSelector):
                     if callback is not None:
                         try:
                             callback()
-                        except Exception as error:  # of any kind: one callback must not end the loop
+                        except (SystemExit, KeyboardInterrupt):
+                            raise
+                        except BaseException as error:  # of any kind: one callback must not end the loop
                             self._on_error(callback, error)
                 if mask != _IN:
                     callback = writers[fd] if fd < len(writers) else None
                     if callback is not None and not (fresh and fd in fresh):
                         try:
                             callback()
-                        except Exception as error:
+                        except (SystemExit, KeyboardInterrupt):
+                            raise
+                        except BaseException as error:
                             self._on_error(callback, error)
                 key = self._keys.get(fd)
                 if key is not None:
@@ -221,8 +225,12 @@ class _DirectSelector(selectors.BaseSelector):
         for callback in due:
             try:
                 callback()
-            except Exception as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
                 self._on_error(callback, error)
+        if self.turn_end:
+            self.is_wanted = True  # what they collected comes with the next poll, which must not wait for it
 
 
 def _descriptor(fileobj: Any) -> int:

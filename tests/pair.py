@@ -240,6 +240,7 @@ class Hog:
     def __init__(self, share: Share, percent: int) -> None:
         self.kept_bytes = 0
         self.moved_at = 0
+        self.owner = self
         self._share = share
         assert share.reserve(self, -(-share.budget.buffered_limit * percent // 100))
 

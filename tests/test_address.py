@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from reflex.errors import AddressError
 from reflex.protocol.address import (
-    MAX_ADDRESS_SIZE,
     MAX_NAME_SIZE,
     Address,
     decode_address,
@@ -241,6 +240,6 @@ def test_addresses_made_wrongly_by_hand(address: Address) -> None:
 
 
 def test_sizes() -> None:
-    assert len(Address(NAME, "x" * MAX_NAME_SIZE, 1).encode()) == MAX_ADDRESS_SIZE == 259
+    assert len(Address(NAME, "x" * MAX_NAME_SIZE, 1).encode()) == 1 + 1 + MAX_NAME_SIZE + 2 == 259
     with pytest.raises(AddressError):
         encoded_size(2, 0)

@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflex.config.shared import MAX_STREAMS
 from reflex.errors import ProtocolError
-from reflex.protocol.allowance import BURST_UNITS, UNITS_PER_S, Allowance
+from reflex.protocol.allowance import (
+    ABANDONED_COST,
+    BURST_UNITS,
+    MOST_STREAMS,
+    UNITS_PER_S,
+    UNITS_PER_STREAM,
+    Allowance,
+)
 
 START_S = 1000.0
 
@@ -29,6 +37,22 @@ def test_time_gives_units_back_up_to_the_burst() -> None:
     allowance = Allowance(START_S)
     with pytest.raises(ProtocolError):
         allowance.charge(BURST_UNITS + 1, START_S + 3600)
+
+
+def test_more_streams_are_a_larger_burst_at_once_and_fewer_change_nothing() -> None:
+    assert UNITS_PER_STREAM == 2 * ABANDONED_COST
+    assert MOST_STREAMS == MAX_STREAMS
+    allowance = Allowance(START_S)
+    allowance.allow_streams(BURST_UNITS // UNITS_PER_STREAM)
+    assert allowance.burst_units == BURST_UNITS
+    allowance.charge(BURST_UNITS, START_S)
+    for count in (2_001, 1, 2_001):
+        allowance.allow_streams(count)
+        assert allowance.burst_units == 2_001 * UNITS_PER_STREAM
+    allowance.charge(2_001 * UNITS_PER_STREAM - BURST_UNITS, START_S)
+    with pytest.raises(ProtocolError):
+        allowance.charge(1, START_S)
+    allowance.charge(2_001 * UNITS_PER_STREAM, START_S + 3600)
 
 
 def test_what_could_not_be_charged_is_not() -> None:

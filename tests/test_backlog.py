@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +13,16 @@ from reflex.protocol.share import Share
 from reflex.protocol.window import Budget
 
 SMALLEST = TIER_SIZES[0]
+
+
+class Owner:
+    """Calls what it was given."""
+
+    def __init__(self, on_memory_used_up: Callable[[], object]) -> None:
+        self._on_memory_used_up = on_memory_used_up
+
+    def on_memory_used_up(self) -> None:
+        self._on_memory_used_up()
 
 
 def take_all(backlog: Backlog, at_most: int = 1 << 20) -> bytes:
@@ -37,7 +49,7 @@ def test_bytes_come_out_as_they_went_in(pieces: list[bytes], at_most: int) -> No
     buffers = TieredPool()
     backlog = Backlog(buffers)
     for piece in pieces:
-        backlog.keep(memoryview(piece))
+        assert backlog.keep(memoryview(piece)) == len(piece)
     assert backlog.size_bytes == sum(map(len, pieces))
     assert take_all(backlog, at_most) == b"".join(pieces)
     assert backlog.size_bytes == 0
@@ -112,7 +124,7 @@ def test_memory_is_filled_by_three_quarters_but_for_one_buffer_that_has_room_for
     buffers = TieredPool()
     budget = Budget()
     backlog = Backlog(buffers, Share(budget))
-    assert backlog.keep(memoryview(bytes(size)))
+    assert backlog.keep(memoryview(bytes(size))) == size
     assert budget.kept == backlog.kept_bytes >= size
     assert backlog.kept_bytes <= size * 4 / 3 + max(SMALLEST, min(size, LARGEST_SPARE_BYTES))
     assert len(take_all(backlog)) == size
@@ -125,7 +137,7 @@ def test_what_is_reserved_is_the_memory_in_use(steps: list[tuple[int, int]]) -> 
     budget = Budget()
     backlog = Backlog(buffers, Share(budget))
     for size, wanted in steps:
-        assert backlog.keep(memoryview(bytes(size)))
+        assert backlog.keep(memoryview(bytes(size))) == size
         if piece := backlog.first()[:wanted]:
             backlog.taken(len(piece))
         in_use = sum(each.in_use * int(tier) for tier, each in buffers.statistics().items())
@@ -139,7 +151,7 @@ def test_where_there_is_no_room_a_part_is_kept_and_told() -> None:
     budget = Budget(buffered_limit=2 * SMALLEST)
     backlog = Backlog(buffers, Share(budget))
     data = bytes(range(256)) * 20
-    assert not backlog.keep(memoryview(data))
+    assert backlog.keep(memoryview(data)) == 2 * SMALLEST
     assert backlog.size_bytes == 2 * SMALLEST == budget.kept
     assert take_all(backlog) == data[: 2 * SMALLEST]
     assert budget.kept == buffers.in_use == 0
@@ -149,10 +161,25 @@ def test_one_that_is_shed_tells_its_owner_and_gives_everything_back() -> None:
     buffers = TieredPool()
     budget = Budget(buffered_limit=2 * SMALLEST)
     told: list[int] = []
-    large = Backlog(buffers, Share(budget), lambda: told.append(large.size_bytes))
-    assert large.keep(memoryview(bytes(2 * SMALLEST)))
-    assert Backlog(buffers, Share(budget)).keep(memoryview(b"x"))
+    large = Backlog(buffers, Share(budget), Owner(lambda: told.append(large.size_bytes)))
+    assert large.keep(memoryview(bytes(2 * SMALLEST))) == 2 * SMALLEST
+    assert Backlog(buffers, Share(budget)).keep(memoryview(b"x")) == 1
     assert told == [2 * SMALLEST]
     assert large.size_bytes == large.kept_bytes == 0
     assert budget.kept == SMALLEST
     assert buffers.in_use == 1
+
+
+def test_one_whose_owner_ends_together_with_another_that_was_shed_keeps_nothing() -> None:
+    buffers = TieredPool()
+    budget = Budget(buffered_limit=3 * SMALLEST)
+    share = Share(budget)
+    dropped: list[int] = []
+    large = Backlog(buffers, share, Owner(lambda: dropped.append(small.clear())))
+    small = Backlog(buffers, share, Owner(lambda: None))
+    assert small.keep(memoryview(b"before")) == 6
+    assert large.keep(memoryview(bytes(2 * SMALLEST))) == 2 * SMALLEST
+    # Fills its buffer, and then needs another: what was copied is dropped, and what was not is told.
+    assert small.keep(memoryview(bytes(2 * SMALLEST))) == SMALLEST - 6
+    assert dropped == [SMALLEST]
+    assert budget.kept == small.kept_bytes == buffers.in_use == 0

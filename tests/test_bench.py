@@ -18,11 +18,12 @@ from bench.delay import Way
 from bench.figures import FIGURES
 from bench.halves import Program, StartFailed, family, free_port, listening_ports, wait_listening
 from bench.loadtools import ToolFailed, parse_iperf3, parse_wrk
+from bench.machine import congestion_control
 from bench.origin import LoopbackServer
 from bench.peers import choose, medians_of, table
-from bench.report import comparison, document, pictures, write
+from bench.report import advantages, comparison, document, pictures, write
 from bench.svg import Bar, Line, bars, decade_axis, linear_axis, lines, spread
-from bench.systems import OURS, SYSTEMS, Site
+from bench.systems import DIRECT, OURS, SYSTEMS, Site
 from bench.targets import (
     ITSELF,
     ROWS,
@@ -33,9 +34,11 @@ from bench.targets import (
     peers,
     ratio_to_best,
     short,
+    value_by_system,
     verdict_text,
     verdicts,
 )
+from tests.namespaces import namespace
 
 WRK_TEXT = """Running 1s test @ http://127.0.0.1:1/f
   1 threads and 8 connections
@@ -74,7 +77,7 @@ def results(scale: float = 1.0) -> dict[str, Any]:
         "rounds": 5,
         "seconds": 3.0,
         "figures": figures,
-        "failures": [{"figure": "new", "system": "v2ray", "error": "stuck"}],
+        "failures": [{"figure": "new", "system": "v2ray", "error": "stuck"}] * 2,
         "codec": {
             "rows": [{"name": "handshake", "target": 250.0, "met": True, "plain": figure, **figure}],
             "records": [
@@ -130,6 +133,19 @@ def test_short_numbers(value: float, text: str) -> None:
 def test_every_row_is_of_a_known_figure() -> None:
     assert {row.figure for row in ROWS} == set(FIGURES)
     assert len({row.key for row in ROWS}) == len(ROWS)
+
+
+def test_every_row_is_drawn_that_has_a_best_peer_also_those_that_are_bad_for_us() -> None:
+    drawn = [bar.label for bar in advantages(results())]
+    assert drawn == [row.label for row in ROWS if row.is_drawn]
+    assert [row.key for row in ROWS if not row.is_drawn] == ["churn_memory.growth"]
+    assert {"round trip, CPU", "requests beside bulk, median", "memory at the start"} <= set(drawn)
+
+
+def test_no_proxy_has_no_processor_time() -> None:
+    found = medians_of(results())
+    for row in ROWS:
+        assert (DIRECT in value_by_system(row, found)) == ("CPU" not in row.label)
 
 
 def test_wrk_output() -> None:
@@ -209,6 +225,8 @@ def test_the_report_is_written_whole(tmp_path: Path) -> None:
     text = (tmp_path / "benchmarks.md").read_text()
     for part in ("make bench", "2026-01-02", "wrk 4.1.0", "spiped", "5 rounds", "handshake", "a table", "stuck"):
         assert part in text
+    assert "- new, v2ray: 2 of 5: stuck" in text
+    assert "over 100 ms 4 s" in text
     assert "| bulk up | 1.00 Gbit/s | 8.00 Gbit/s (OpenSSH) | ≥ 1.3 × best: 0.12, NOT met;" in text
 
 
@@ -217,6 +235,52 @@ def test_every_part_may_be_missing(missing: str) -> None:
     part = {key: value for key, value in results().items() if key != missing}
     assert document(part, list(pictures(part))).startswith("# Benchmarks")
     assert document({}, []).startswith("# Benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("control", "default", "told", "is_even"),
+    [
+        ("bbr", "bbr", "was bbr. ", False),
+        ("cubic", "bbr", "was cubic, in a network of the run's own; the system's: bbr. ", True),
+        ("reno", None, "was reno. ", True),
+    ],
+)
+def test_the_report_says_whose_connections_were_paced(
+    control: str, default: str | None, told: str, *, is_even: bool
+) -> None:
+    machine = {"congestion control": control} | ({"the system's congestion control": default} if default else {})
+    text = document({**results(), "machine": machine}, [])
+    assert told in text
+    assert ("the same for Reflex and its peers" in text) == is_even
+    assert ("its peers were paced" in text) != is_even
+    assert table({"machine": machine}).startswith(f"congestion control: {control}")
+
+
+def in_own_network(control: str) -> subprocess.CompletedProcess[str]:
+    """bench.network in a process, which then prints what it was told and what holds."""
+    code = "import sys; from bench import machine, network; default = network.enter_own_network(sys.argv[1]); "
+    code += "print(default, *machine.describe(system_congestion_control=default).values(), sep='|')"
+    command = [sys.executable, "-c", code, control]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_run_may_have_a_network_and_a_congestion_control_of_its_own() -> None:
+    with namespace():  # as root, or skipped
+        pass
+    before = congestion_control()
+    done = in_own_network("reno")
+    assert done.returncode == 0, done.stderr
+    default, *described = done.stdout.strip().split("|")
+    assert default == before
+    assert described[4:6] == ["reno", before]
+    assert congestion_control() == before
+
+
+def test_an_unknown_congestion_control_is_refused_with_those_that_there_are() -> None:
+    done = in_own_network("none-such")
+    assert done.returncode == 1
+    assert "none-such: this kernel has " in done.stderr
+    assert "reno" in done.stderr
 
 
 def test_two_runs_side_by_side() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import reflex.loop
 from bench import allocations, codec, load
 from bench.churn import AllocationTracer, Site, short_path, totals
 from bench.inprocess import PIECE_SIZE, PairInProcess
@@ -145,6 +146,18 @@ def test_the_codec_loop_makes_no_buffers_with_pools_and_many_without() -> None:
     assert pooled["buffer_bytes"] == 0
     assert unpooled["buffer_bytes"] > codec.FRAMES * codec.FRAME_SIZE
     assert unpooled["large_bytes"] > pooled["large_bytes"]
+
+
+def test_polls_of_the_daemons_loop_are_told_apart() -> None:
+    source = Path(reflex.loop.__file__).read_text().splitlines()
+    polls = [number for number, line in enumerate(source, start=1) if "poll(wait_s, MAX_EVENTS)" in line]
+    lines = {"poll": polls[0], "other": source.index("class DirectLoop(asyncio.SelectorEventLoop):") + 1}
+    sites = [Site("reflex/loop.py", line, 1, 600, 600, 1, 600) for line in lines.values()]
+    assert [allocations.is_poll(site) for site in sites] == [True, False]
+    told = allocations.churn(sites, per=1)
+    assert [site["line"] for site in told["polls"]] == [lines["poll"]]
+    assert [site["line"] for site in told["large_ours"]] == [lines["other"]]
+    assert told["large_allocations"] == 1
 
 
 def test_claims_are_judged() -> None:

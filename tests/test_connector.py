@@ -342,6 +342,37 @@ async def test_while_a_later_server_serves_the_first_one_is_asked_now_and_then()
 
 
 @in_loop
+async def test_a_probe_that_fails_is_no_reason_to_have_no_spare_tunnel() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    office = Office(first, second, max_streams=8)
+    first.retry_after_s = 0.0
+    office.ask(1)
+    await first.fail()
+    await second.answer()
+    office.ask(1)
+    first.retry_after_s = 3600.0
+    await first.fail()  # the probe
+    office.made[0].is_bulk = True
+    office.connector.keep_warm()
+    await second.answer()
+    assert (first.count, second.count) == (2, 2)
+
+
+@in_loop
+async def test_once_it_is_closed_it_does_not_ask_after_the_first_server() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    office = Office(first, second, max_streams=8)
+    office.ask(1)
+    await first.fail()
+    await second.answer()
+    office.connector.close()
+    (waiter,) = office.ask(1)
+    await turns()
+    assert waiter.tunnels == [office.made[0]]
+    assert first.count == 1
+
+
+@in_loop
 async def test_who_comes_while_a_probe_fails_gets_a_dial_of_its_own() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     office = Office(first, second, max_streams=1)

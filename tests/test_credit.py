@@ -369,6 +369,38 @@ class TestGrowth:
             move(pair, second, 4 * SESSION_WINDOW)
             assert second_far.receive_window.size == 2 * STREAM_WINDOW
 
+    def test_the_sessions_window_grows_no_further_than_a_window_may(self, pools: Pools) -> None:
+        """Beyond that, credit could not be told of: the peer would be sent WINDOW by 0, which is fatal."""
+        with connected(pools, server_budget=Budget(buffered_limit=1 << 40)) as pair:
+            measure(pair, 0.1)
+            near, far = pair.open()
+            pair.server.session._receive_window.grow(MAX_WINDOW - SESSION_WINDOW - 10)  # as 128 streams would
+            move(pair, near, 8 * SESSION_WINDOW)
+            assert far.grown_bytes == 10
+            assert pair.server.session._receive_window.size == MAX_WINDOW
+            window = pair.client.session._send_window
+            assert window.available == pair.server.session._receive_window.available > MAX_WINDOW - SESSION_WINDOW
+
+    def test_who_has_grown_much_leaves_growth_to_the_next(self, pools: Pools) -> None:
+        limit = 8 * STREAM_WINDOW
+        budget = Budget(growth_limit=limit)
+        with connected(pools, server_budget=budget) as greedy:
+            measure(greedy, 0.1)
+            streams = [greedy.open()[0] for _ in range(4)]
+            for near in streams:
+                move(greedy, near, 4 * SESSION_WINDOW)
+            assert 0 < greedy.server.session.share.growth == budget.growth < limit
+            with connected(pools, server_budget=budget) as other:
+                measure(other, 0.1)
+                near, far = other.open()
+                move(other, near, 4 * SESSION_WINDOW)
+                assert far.grown_bytes == other.server.session.share.growth > 0
+                for each in streams:
+                    greedy.client.session.reset(each, Code.CANCELLED)
+                greedy.pump()
+                assert budget.growth == far.grown_bytes
+                assert greedy.server.session.share.growth == 0
+
     def test_growth_is_given_back_when_the_session_is_closed(self, pair: Pair) -> None:
         near, _ = pair.open()
         measure(pair, 0.1)

@@ -26,7 +26,6 @@ from hypothesis.stateful import (
 )
 
 from reflex.errors import ProtocolError
-from reflex.protocol.allowance import BURST_UNITS
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import MAX_UNSENT_BYTES
 from reflex.protocol.streams import CALLED, CALLED_REMOTE_DONE
@@ -182,7 +181,7 @@ class OneHostilePeer(RuleBasedStateMachine):
         assert len(session.streams) <= self.limit
         assert session.unsent_bytes <= MAX_UNSENT_BYTES + 2 * FREE_BYTES
         assert self.peer.budget.buffered == sum(stream.held_bytes for stream in self.peer.side.streams.values())
-        assert 0 <= session._allowance._left <= BURST_UNITS
+        assert 0 <= session._allowance._left <= session._allowance.burst_units
 
     def teardown(self) -> None:
         if hasattr(self, "peer"):

@@ -247,6 +247,25 @@ async def test_a_hello_that_was_seen_before_is_the_web_servers_and_worth_a_line(
 
 
 @in_loop
+async def test_hellos_that_are_played_again_and_again_are_no_flood_of_warnings(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with gate(pools) as g:
+        hello, old = g.hello(), g.keys.hello(int(time.time()) - 1_000)
+        for bytes_sent in [hello, old, *[hello, old] * 5]:
+            end, greeting = g.arrive()
+            await end.send(bytes_sent)
+            await until(lambda greeting=greeting: greeting.ended or greeting._silence)  # type: ignore[misc]
+        assert len(g.accepted) == 1
+        assert g.counters.handshakes_failed == 11
+    lines = [record for record in caplog.records if "hello refused" in record.getMessage()]
+    warnings = [record.getMessage() for record in lines if record.levelno == logging.WARNING]
+    assert len(lines) == 11
+    assert len(warnings) == 2, "one of each kind"
+
+
+@in_loop
 async def test_a_fallback_that_is_down_resets_whoever_comes_and_is_complained_of_once(
     pools: Pools, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -96,6 +96,16 @@ class TestStreamNumbers:
     ) -> None:
         refuses(server, frame_type, stream_id, GOOD[frame_type])
 
+    @pytest.mark.parametrize("frame_type", OF_A_STREAM)
+    def test_a_frame_for_an_id_that_was_passed_over_comes_late_as_for_one_that_has_ended(
+        self, peer: Peer, frame_type: FrameType
+    ) -> None:
+        peer.open(5)
+        peer.side.take_seen()
+        peer.write(frame_type, 3, GOOD[frame_type])
+        assert peer.side.seen == []
+        assert peer.answers() == []
+
     @pytest.mark.parametrize("stream_id", [0, 2, MAX_STREAM_ID - 1])
     def test_an_open_of_an_even_id_is_fatal(self, peer: Peer, stream_id: int) -> None:
         refuses(peer, FrameType.OPEN, stream_id, TO_TARGET)

@@ -203,14 +203,21 @@ def test_an_event_is_not_given_to_the_next_connection_with_the_number(loop: Dire
             sock.close()
 
 
-def test_a_callback_that_fails_is_reported_and_the_others_go_on(loop: DirectLoop, ends: Ends) -> None:
+class Panic(BaseException):
+    """No Exception, as what a panic in a library written in Rust becomes."""
+
+
+@pytest.mark.parametrize("fault", [LookupError("broken"), Panic("broken")], ids=["error", "panic"])
+def test_a_callback_that_fails_is_reported_and_the_others_go_on(
+    loop: DirectLoop, ends: Ends, fault: BaseException
+) -> None:
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     other = socket.socketpair()
     got: list[bytes] = []
 
     def broken() -> None:
-        raise LookupError("broken")
+        raise fault
 
     with other[0], other[1]:
         for sock in (ends[0], other[0]):
@@ -223,7 +230,7 @@ def test_a_callback_that_fails_is_reported_and_the_others_go_on(loop: DirectLoop
         other[1].send(b"y")
         run(loop, lambda: got and len(errors) >= 3)
     assert got == [b"y"]
-    assert all(isinstance(error["exception"], LookupError) and "broken" in error["message"] for error in errors)
+    assert all(error["exception"] is fault and "broken" in error["message"] for error in errors)
 
 
 def test_an_exit_is_not_kept(loop: DirectLoop, ends: Ends) -> None:
@@ -281,6 +288,24 @@ def test_what_a_turns_end_collects_comes_with_the_next(loop: DirectLoop) -> None
     loop.call_soon(lambda: None)
     while len(called) < 3:
         loop.run_until_complete(asyncio.sleep(0))
+
+
+def test_what_a_turns_end_collects_does_not_wait_for_the_next_event(loop: DirectLoop, ends: Ends) -> None:
+    called: list[str] = []
+
+    def later() -> None:
+        called.append("later")
+        loop.call_soon(loop.stop)
+
+    def read() -> None:
+        ends[0].recv(10)
+        loop.at_turn_end(lambda: loop.at_turn_end(later))
+
+    loop.add_reader(ends[0], read)
+    ends[1].send(b"x")
+    loop.call_later(DEADLINE_S / 2, in_turn(lambda: called.append("something else came"), loop.stop))
+    loop.run_forever()
+    assert called == ["later"]
 
 
 def test_a_callback_starts_tasks_and_timers_that_run_although_more_is_ready(loop: DirectLoop, ends: Ends) -> None:

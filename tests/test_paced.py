@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import socket
+from typing import Final, NoReturn
 
 import pytest
 
@@ -233,3 +234,57 @@ async def test_what_is_kept_is_of_the_process_s_memory_and_gives_way_where_that_
             assert made.counters.streams_shed == 1
             assert (budget.kept, budget.buffered) == (0, 0)
     assert pools.in_use == 0
+
+
+class Stuck(socket.socket):
+    """A socket that takes nothing."""
+
+    def send(self, *_: object) -> NoReturn:
+        raise BlockingIOError
+
+
+def stick(relay: PacedRelay) -> None:
+    """From now on the target takes nothing."""
+    assert relay._sock is not None
+    relay._sock = Stuck(fileno=relay._sock.detach())
+
+
+def arrive(rig: Rig, relay: PacedRelay, data: bytes) -> None:
+    """Bytes come out of the tunnel, now."""
+    hold(rig.session, relay.stream, len(data))
+    relay.on_data(memoryview(data))
+
+
+@in_loop
+async def test_a_relay_whose_bytes_are_due_does_not_shed_itself_for_the_room_they_need(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await paced(rig, origin, rate=100_000)
+            stick(made.relay)
+            for piece in (PATTERN[:10_000], PATTERN[10_000:100_000]):
+                arrive(rig, made.relay, piece)
+            assert made.relay._kept is not None
+            assert made.relay._backlog is not None
+            rig.budget.buffered_limit = rig.budget.kept
+            await until(lambda: made.ends)
+            assert made.counters.streams_shed == 1
+            assert (rig.budget.kept, rig.budget.buffered) == (0, 0)
+            assert made.relay.stream.held_bytes == 0
+
+
+@in_loop
+async def test_a_relay_whose_target_is_stuck_does_not_shed_itself_for_what_must_wait_its_turn(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await paced(rig, origin, rate=SLOW)
+            stick(made.relay)
+            arrive(rig, made.relay, PATTERN[:1_000])
+            assert made.relay._backlog is not None
+            assert made.relay._kept is None
+            made.relay._up.take(made.relay._up.allowance(len(PATTERN)))
+            rig.budget.buffered_limit = rig.budget.kept
+            arrive(rig, made.relay, PATTERN[1_000:])
+            assert made.ends == [made.relay]
+            assert made.counters.streams_shed == 1
+            assert (rig.budget.kept, rig.budget.buffered) == (0, 0)
+            assert made.relay.stream.held_bytes == 0

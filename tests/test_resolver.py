@@ -13,7 +13,7 @@ import pytest
 
 from reflex.errors import DialError
 from reflex.net.dial import is_own_fault
-from reflex.net.resolver import Resolver
+from reflex.net.resolver import MAX_ADDRESSES, Resolver, checked
 from reflex.protocol.wire import Status
 from tests.loops import DEADLINE_S, in_loop, turns, until
 
@@ -52,6 +52,14 @@ async def test_a_name_of_this_machine_is_resolved_by_the_system() -> None:
     assert {info[4][0] for info in found} <= {"127.0.0.1", "::1"}
     assert {info[1] for info in found} == {socket.SOCK_STREAM}
     assert resolver.running == resolver.waiting == 0
+
+
+def test_of_a_name_with_thousands_of_addresses_the_first_of_each_family_are_used() -> None:
+    kind = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+    v6 = [(socket.AF_INET6, *kind, (f"2001:db8::{number:x}", 80, 0, 0)) for number in range(2_000)]
+    v4 = [(socket.AF_INET, *kind, (f"192.0.2.{number}", 80)) for number in range(200)]
+    assert checked("many.example", v6 + v4) == v6[:MAX_ADDRESSES] + v4[:MAX_ADDRESSES]
+    assert checked("few.example", [*v4[:3], (socket.AF_UNIX, *kind, ("x",)), v6[0]]) == [*v4[:3], v6[0]]
 
 
 @in_loop

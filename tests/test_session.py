@@ -104,6 +104,17 @@ class TestLibrary:
         assert not session.has_output
         assert pair.server.got[far.id] == bytes(1000)
 
+    def test_an_idle_session_holds_no_view_of_what_it_received(self, peer: Peer) -> None:
+        """The view would keep the memory of a buffer that its pool has let go of."""
+        peer.open(1)
+        for frame_type in (FrameType.DATA, FrameType.DATA_FIN):
+            for event in peer.session.feed(peer.seal(frame(frame_type, 1, b"x" * 100))):
+                assert event.data == b"x" * 100
+                peer.session.consumed(peer.side.streams[1], 100)
+                if frame_type == FrameType.DATA_FIN:
+                    break  # an application that ends the session stops drawing
+            assert not peer.session._event.data
+
     def test_what_is_drawn_after_close_buffers_borrows_nothing(self, peer: Peer, pools: Pools) -> None:
         """An application may cut the session while it draws events; the rest of the record is not answered."""
         body = frame(FrameType.OPEN, 1, TO_TARGET) + frame(FrameType.PING, 0, bytes(8))

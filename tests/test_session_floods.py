@@ -11,15 +11,18 @@ from reflex.errors import ProtocolError
 from reflex.protocol.allowance import (
     ABANDONED_COST,
     BURST_UNITS,
+    MOST_STREAMS,
     PLAIN_COST,
     RESET_COST,
     SESSION_COST,
     UNITS_PER_S,
+    UNITS_PER_STREAM,
     USEFUL_BYTES,
 )
-from reflex.protocol.events import EventKind
+from reflex.protocol.events import Event, EventKind
 from reflex.protocol.pools import Pools
-from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES
+from reflex.protocol.session import MAX_UNSENT_BYTES, SMALL_DATA_BYTES, Session
+from reflex.protocol.streams import Stream
 from reflex.protocol.wire import (
     FRAME_HEADER_SIZE,
     MAX_BODY_SIZE,
@@ -31,12 +34,14 @@ from reflex.protocol.wire import (
     Code,
     FrameType,
     Network,
+    Setting,
     Status,
 )
 from tests.sessions import (
     START_S,
     TARGET,
     TO_TARGET,
+    TO_UDP,
     Pair,
     Peer,
     code,
@@ -54,6 +59,7 @@ UNKNOWN_TYPE: Final = 0x90
 SETTINGS_OF_TEN: Final = SETTING.pack(77, 1) * 10
 
 Frames = Callable[[], Iterator[bytes]]
+Answer = Callable[[Session, Stream], None]
 
 
 def same(frame_type: int, stream_id: int = 0, payload: bytes = b"") -> Frames:
@@ -87,6 +93,8 @@ FLOODS: Final = {
     "GOAWAY": (same(FrameType.GOAWAY, 0, goaway(0, Code.NONE)), SESSION_COST),
     "WINDOW by 1, session": (same(FrameType.WINDOW, 0, increment(1)), PLAIN_COST),
     "WINDOW by 1, live": (same(FrameType.WINDOW, LIVE, increment(1)), PLAIN_COST),
+    "WINDOW by more than was sent, session": (same(FrameType.WINDOW, 0, increment(USEFUL_BYTES)), PLAIN_COST),
+    "WINDOW by more than was sent, live": (same(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES)), PLAIN_COST),
     "WINDOW, ended": (same(FrameType.WINDOW, ENDED, increment(STREAM_WINDOW)), PLAIN_COST),
     "DATA, ended": (same(FrameType.DATA, ENDED, b"x"), PLAIN_COST),
     "DATA_FIN, ended": (same(FrameType.DATA_FIN, ENDED), PLAIN_COST),
@@ -94,6 +102,14 @@ FLOODS: Final = {
     "OPENED, ended": (same(FrameType.OPENED, ENDED, bytes([Status.SUCCEEDED])), PLAIN_COST),
     "DATAGRAM, ended": (same(FrameType.DATAGRAM, ENDED, TARGET.encode()), PLAIN_COST),
     "OPEN of what there is not": (opens(b"\x09"), PLAIN_COST),
+}
+
+
+# What the application says to an OPEN before it draws the next event, and what the OPEN carries.
+REFUSALS: Final[dict[str, tuple[Answer, bytes]]] = {
+    "UDP, refused": (lambda session, stream: session.refuse(stream, Status.NOT_SUPPORTED), TO_UDP),
+    "TCP, refused": (lambda session, stream: session.refuse(stream, Status.NOT_ALLOWED), TO_TARGET),
+    "TCP, reset": (lambda session, stream: session.reset(stream, Code.LIMIT), TO_TARGET),
 }
 
 
@@ -139,6 +155,37 @@ def test_a_stream_that_is_opened_and_reset_before_it_was_answered_costs_what_it_
         flood(peer, frames, 2)
 
 
+@pytest.mark.parametrize("name", REFUSALS)
+def test_an_open_that_the_application_refuses_at_once_costs_as_much_as_one_beyond_the_limit(
+    name: str, peer: Peer
+) -> None:
+    answer, payload = REFUSALS[name]
+    keep = peer.side.keep
+
+    def refuse(event: Event) -> None:
+        keep(event)
+        if event.kind is EventKind.OPEN:
+            assert event.stream is not None
+            answer(peer.session, event.stream)
+
+    peer.side.keep = refuse  # type: ignore[method-assign]  # this application is of few words
+    frames = opens(payload)()
+    flood(peer, frames, BURST_UNITS // RESET_COST)
+    peer.session.now_s += 1.0
+    flood(peer, frames, UNITS_PER_S // RESET_COST)
+    assert len(peer.session.streams) == 1
+    with pytest.raises(ProtocolError, match="without use"):
+        flood(peer, frames, 1)
+
+
+def test_an_open_at_which_the_application_ends_the_session_costs_nothing(peer: Peer) -> None:
+    left = peer.session._allowance._left
+    for event in peer.session.feed(peer.seal(frame(FrameType.OPEN, LIVE + 2, TO_TARGET))):
+        assert event.kind is EventKind.OPEN
+        peer.session.close(Code.SHUTTING_DOWN)
+    assert peer.session._allowance._left == left
+
+
 @pytest.mark.parametrize("is_ending", [False, True])
 def test_streams_beyond_the_limit_and_after_goaway_are_reset_and_charged(peer: Peer, *, is_ending: bool) -> None:
     frames = opens()()
@@ -174,13 +221,33 @@ class TestFree:
     def left(self, peer: Peer) -> float:
         return peer.session._allowance._left
 
-    def test_data_and_credit_worth_a_frame(self, peer: Peer) -> None:
+    def test_data(self, peer: Peer) -> None:
         for _ in range(2_000):
             peer.write(FrameType.DATA, LIVE, b"x")
-        for _ in range(2_000):
-            peer.write(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES))
-            peer.write(FrameType.WINDOW, 0, increment(USEFUL_BYTES))
         assert self.left(peer) == BURST_UNITS
+
+    def test_credit_for_what_was_sent_however_late_it_comes(self, peer: Peer) -> None:
+        stream = peer.side.streams[LIVE]
+        for _ in range(20):
+            assert peer.session.send(stream, bytes(STREAM_WINDOW)) == STREAM_WINDOW
+            peer.answers()
+            for _ in range(STREAM_WINDOW // USEFUL_BYTES):
+                peer.write(FrameType.WINDOW, LIVE, increment(USEFUL_BYTES))
+                peer.write(FrameType.WINDOW, 0, increment(USEFUL_BYTES))
+        assert self.left(peer) == BURST_UNITS
+
+    def test_credit_of_a_window_that_has_grown_after_each_growth_was_paid_for_once(self, peer: Peer) -> None:
+        stream = peer.side.streams[LIVE]
+        peer.write(FrameType.WINDOW, LIVE, increment(STREAM_WINDOW))
+        peer.write(FrameType.WINDOW, 0, increment(STREAM_WINDOW))
+        assert self.left(peer) == BURST_UNITS - 2 * PLAIN_COST
+        for _ in range(20):
+            assert peer.session.send(stream, bytes(2 * STREAM_WINDOW)) == 2 * STREAM_WINDOW
+            peer.answers()
+            for _ in range(2):
+                peer.write(FrameType.WINDOW, LIVE, increment(STREAM_WINDOW))
+                peer.write(FrameType.WINDOW, 0, increment(STREAM_WINDOW))
+        assert self.left(peer) == BURST_UNITS - 2 * PLAIN_COST
 
     def test_late_data_worth_a_frame(self, peer: Peer) -> None:
         for _ in range(SESSION_WINDOW // USEFUL_BYTES):
@@ -213,6 +280,48 @@ class TestFree:
         for stream_id in range(LIVE + 2, LIVE + 2 * FULL, 2):
             peer.write(FrameType.RESET, stream_id, code(Code.SHUTTING_DOWN))
         assert BURST_UNITS - self.left(peer) <= BURST_UNITS * part
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_session_with_as_many_streams_as_there_may_be_survives_the_end_of_all_of_them_at_once(
+    pools: Pools,
+    is_answered: bool,  # noqa: FBT001
+) -> None:
+    """Whichever half ends them, and though all its answers come late."""
+    count = 5_000
+    with connected(pools, max_streams=count) as pair:
+        for ending, other in ((pair.client, pair.server), (pair.server, pair.client)):
+            streams = [pair.client.open() for _ in range(count)]
+            pair.pump()
+            if is_answered:
+                for each in streams:
+                    pair.server.session.accept(pair.server.streams[each.id])
+                pair.pump()
+                for each in streams:
+                    other.session.send(other.streams[each.id], b"x")
+            for each in streams:
+                ending.session.reset(ending.streams[each.id], Code.SHUTTING_DOWN)
+            pair.pump()
+            assert not pair.client.session.streams
+            assert not pair.server.session.streams
+            pair.client.streams.clear()
+            pair.server.streams.clear()
+            pair.set_time(pair.client.session.now_s + 20)
+
+
+def test_settings_that_change_give_a_peer_nothing_more(pools: Pools) -> None:
+    with peer_of(pools, of_server=False) as server:
+        for _ in range(10):
+            for count in (10_000, 1, MOST_STREAMS, 2**60):
+                server.write(FrameType.SETTINGS, 0, SETTING.pack(Setting.MAX_STREAMS, count))
+        assert server.session._allowance.burst_units == UNITS_PER_STREAM * MOST_STREAMS
+        spent = 40 * (SESSION_COST + 1)
+        assert server.session._allowance._left == server.session._allowance.burst_units - spent
+
+
+def test_what_a_client_says_of_streams_gives_it_nothing(peer: Peer) -> None:
+    peer.write(FrameType.SETTINGS, 0, SETTING.pack(Setting.MAX_STREAMS, MOST_STREAMS))
+    assert peer.session._allowance.burst_units == BURST_UNITS
 
 
 def test_a_pair_that_moves_much_and_in_small_pieces_is_charged_next_to_nothing(pools: Pools) -> None:

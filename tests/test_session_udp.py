@@ -10,6 +10,7 @@ from reflex.errors import LocalError, StreamStateError
 from reflex.protocol.events import EventKind
 from reflex.protocol.wire import (
     DATAGRAM_BACKLOG,
+    MAX_PAYLOAD_SIZE,
     STREAM_WINDOW,
     Code,
     FrameType,
@@ -58,6 +59,15 @@ class TestUdp:
         peer.side.consume(stream)
         assert peer.answers() == []  # datagrams are not counted in windows
         assert stream.receive_window.available == STREAM_WINDOW
+
+    def test_the_largest_datagram_goes_and_a_larger_one_is_the_callers_mistake(self, pair: Pair) -> None:
+        near = pair.client.session.open(None, Network.UDP)
+        room = MAX_PAYLOAD_SIZE - len(TARGET.encode())
+        with pytest.raises(LocalError, match="a datagram of"):
+            pair.client.session.send_datagram(near, TARGET, bytes(room + 1))
+        pair.client.session.send_datagram(near, TARGET, bytes(room))
+        pair.pump()
+        assert [len(each.data) for each in pair.server.take_seen()] == [0, room]
 
     def test_datagrams_are_refused_where_the_stream_has_ended(self, pair: Pair) -> None:
         near = pair.client.session.open(None, Network.UDP)

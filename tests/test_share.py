@@ -17,6 +17,7 @@ class Stream:
         self.kept_bytes = 0
         self.moved_at = 0
         self.is_shed = False
+        self.owner: object = self
 
     def keep(self, size_bytes: int) -> bool:
         return self.share.reserve(self, size_bytes)
@@ -97,6 +98,22 @@ def test_who_has_most_gets_nothing_more_and_takes_from_nobody() -> None:
     assert not modest.is_shed
 
 
+def test_an_owner_with_two_keepers_takes_from_neither_of_them_for_the_other() -> None:
+    budget = Budget(buffered_limit=100)
+    share = Share(budget)
+    first, second, other = Stream(share), Stream(share), Stream(share)
+    second.owner = first.owner
+    assert other.keep(20)
+    assert first.keep(80)
+    assert not second.keep(10)
+    assert (first.kept_bytes, second.kept_bytes, budget.kept) == (80, 0, 100)
+    assert not first.is_shed
+    first.give_back(70)
+    assert other.keep(60)
+    assert second.keep(20)  # of others it may
+    assert [each.is_shed for each in (first, second, other)] == [False, False, True]
+
+
 def test_more_than_there_is_is_never_reserved() -> None:
     budget = Budget(buffered_limit=100)
     share = Share(budget)
@@ -106,6 +123,47 @@ def test_more_than_there_is_is_never_reserved() -> None:
     assert not Stream(share).keep(101)
     assert budget.kept == 0
     assert other.is_shed
+
+
+def test_windows_of_the_only_owner_grow_up_to_the_limit_and_no_further() -> None:
+    budget = Budget(growth_limit=100)
+    share = Share(budget, is_whole=True)
+    assert share.take_growth(60) == 60
+    assert share.take_growth(41) == 40
+    assert share.take_growth(1) == 0
+    assert (share.growth, budget.growth) == (100, 100)
+    share.give_growth(60)
+    assert (share.growth, budget.growth) == (40, 40)
+    assert share.take_growth(60) == 60
+
+
+def test_windows_of_one_owner_leave_growth_to_the_next() -> None:
+    budget = Budget(growth_limit=100)
+    alice, bob, carol = Share(budget), Share(budget), Share(budget)
+    assert [alice.take_growth(10) for _ in range(8)] == [10] * 5 + [0] * 3
+    assert [bob.take_growth(10) for _ in range(5)] == [10, 10, 10, 0, 0]
+    assert carol.take_growth(10) == 10
+    assert (alice.growth, bob.growth, carol.growth, budget.growth) == (50, 30, 10, 90)
+    alice.give_growth(50)
+    assert bob.take_growth(40) == 30  # what was left, but for as much as it has
+
+
+@given(st.integers(0, 1000), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 500))))
+def test_growth_never_passes_its_limit_and_all_of_it_comes_back(limit: int, wishes: list[tuple[int, int]]) -> None:
+    budget = Budget(growth_limit=limit)
+    shares = [Share(budget), Share(budget), Share(budget, is_whole=True)]
+    taken = []
+    for number, size in wishes:
+        left, before = budget.growth_left, shares[number].growth
+        got = shares[number].take_growth(size)
+        assert 0 <= got <= size
+        assert got == 0 or number == 2 or before + got <= left
+        taken.append((number, got))
+        assert budget.growth == sum(share.growth for share in shares) <= limit
+    for number, size in taken:
+        shares[number].give_growth(size)
+    assert budget.growth == 0
+    assert all(share.growth == 0 for share in shares)
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60), st.booleans()), max_size=80)

@@ -142,6 +142,26 @@ async def test_a_mistake_of_ours_is_a_lost_connection_and_not_a_hang(
     assert "a mistake" in caplog.text
 
 
+@in_loop
+async def test_nor_is_one_in_what_was_left_off_or_in_what_came_with_the_handshake(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        owner, theirs = await accepted(rig)
+        for _ in range(3 * SMALL_FRAMES_PER_TURN):
+            rig.remote.session.send(theirs, b"x")
+        rig.loop.remove_reader(rig.tunnel._fd)
+        await rig.remote.flush()
+        await until(lambda: select.select([rig.tunnel._fd], [], [], 0)[0])
+        rig.tunnel._on_readable()
+        assert rig.session.is_left_off
+        with patch.object(Session, "events", side_effect=LookupError("a mistake")):
+            await until(lambda: rig.tunnel.ended)
+        assert owner.told == [("reset", Code.CANCELLED)]
+    async with Rig(pools) as rig:
+        with patch.object(Session, "feed", side_effect=LookupError("a mistake")):
+            rig.tunnel.feed(memoryview(b"x"))
+        assert rig.tunnel.ended
+
+
 # Into the tunnel, and its back-pressure
 
 

@@ -6,14 +6,20 @@ share before it borrows it, and gives up where the share says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from reflex.pool import TIER_SIZES, TieredPool
 from reflex.protocol.share import Share
 
 LARGEST_SPARE_BYTES: Final = 32_768  # the largest buffer taken for more than what is to be kept at once
 _FILLED_PART: Final = 4  # a buffer is taken where all but so small a part of it, a quarter, is filled at once
+
+
+class Owner(Protocol):
+    """Whose bytes wait."""
+
+    def on_memory_used_up(self) -> None:
+        """Another one needs the memory more: end, and clear every backlog."""
 
 
 class _Piece:
@@ -34,29 +40,32 @@ class Backlog:
     Args:
         buffers: where its memory is borrowed.
         share: where that is reserved; None where its owner bounds what it keeps.
-        on_shed: called where another one needs the memory more; it calls :meth:`clear`.
+        owner: who gives up where another one needs the memory more.
 
     Attributes:
         size_bytes: how much waits.
         kept_bytes: how much memory is reserved.
     """
 
-    __slots__ = ("_buffers", "_first", "_last", "_on_shed", "_share", "kept_bytes", "moved_at", "size_bytes")
+    __slots__ = ("_buffers", "_first", "_is_over", "_last", "_share", "kept_bytes", "moved_at", "owner", "size_bytes")
 
-    def __init__(
-        self, buffers: TieredPool, share: Share | None = None, on_shed: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, buffers: TieredPool, share: Share | None = None, owner: Owner | None = None) -> None:
         self._buffers = buffers
         self._share = share
-        self._on_shed = on_shed
+        self.owner = owner
+        self._is_over = False
         self.kept_bytes = 0
         self.moved_at = 0
         self._first: _Piece | None = None
         self._last: _Piece | None = None
         self.size_bytes = 0
 
-    def keep(self, data: memoryview) -> bool:
-        """Copy ``data``, 1 byte or more, behind what waits. False where there is no room: only a part was copied."""
+    def keep(self, data: memoryview) -> int:
+        """Copy ``data``, 1 byte or more, behind what waits.
+
+        Returns:
+            How many bytes were copied: where there is no room, or the owner ended meanwhile, not all of them.
+        """
         rest = data
         last = self._last
         if last is not None:
@@ -68,8 +77,12 @@ class Backlog:
         while rest:
             # Many small pieces share a buffer that grows with what waits already.
             wanted = _tier_for(max(len(rest), min(self.size_bytes, LARGEST_SPARE_BYTES)))
-            if self._share is not None and not self._share.reserve(self, wanted):
-                return False
+            if self._share is not None:
+                if not self._share.reserve(self, wanted):
+                    break
+                if self._is_over:  # others were shed for it, and this owner ended with one of them
+                    self._share.give_back(self, wanted)
+                    break
             buffer = self._buffers.acquire(wanted)
             size = min(wanted, len(rest))
             buffer[:size] = rest[:size]
@@ -81,12 +94,12 @@ class Backlog:
             self._last = piece
             self.size_bytes += size
             rest = rest[size:]
-        return True
+        return len(data) - len(rest)
 
     def shed(self) -> None:
         """Another one needs the memory more: whoever owns this gives up."""
-        if self._on_shed is not None:
-            self._on_shed()
+        if self.owner is not None:
+            self.owner.on_memory_used_up()
         self.clear()
 
     def first(self) -> memoryview:
@@ -114,7 +127,8 @@ class Backlog:
         self._buffers.release(piece.buffer, piece.end)
 
     def clear(self) -> int:
-        """Give every buffer back; return how many bytes that dropped."""
+        """Give every buffer back, at the end of the owner; return how many bytes that dropped."""
+        self._is_over = True
         piece = self._first
         self._first = self._last = None
         while piece is not None:

@@ -119,11 +119,13 @@ class Connector:
     def _try_preferred(self) -> None:
         """Where a later server is in use, see whether the first one is back."""
         first = self._servers[0]
-        if not self._dials and not self._pool.count(first) and first.not_before_s <= self._loop.time():
+        if self._is_closed or self._dials or self._pool.count(first):
+            return
+        if first.not_before_s <= self._loop.time():
             self._start_dial([first], is_probe=True)
 
-    def _start_dial(self, candidates: list[Server], *, is_probe: bool = False) -> None:
-        task = self._loop.create_task(self._dial(candidates, is_probe=is_probe))
+    def _start_dial(self, candidates: list[Server], *, is_probe: bool = False, is_spare: bool = False) -> None:
+        task = self._loop.create_task(self._dial(candidates, is_probe=is_probe, is_spare=is_spare))
         self._dials[task] = max(candidates[0].not_before_s, self._loop.time())
         task.add_done_callback(self._dial_ended)
 
@@ -141,7 +143,7 @@ class Connector:
         for server in self._servers:
             is_allowed = server.not_before_s <= now_s and self._pool.count(server) < self._max_tunnels
             if is_allowed and self._pool.wants_spare(server):
-                self._start_dial([server], is_probe=True)
+                self._start_dial([server], is_spare=True)
                 return
 
     def expire(self) -> list[tuple[Hashable, Tunnel]]:
@@ -174,7 +176,7 @@ class Connector:
         now_s = self._loop.time()
         return sorted(allowed, key=lambda server: max(server.not_before_s, now_s))
 
-    async def _dial(self, candidates: list[Server], *, is_probe: bool) -> None:
+    async def _dial(self, candidates: list[Server], *, is_probe: bool, is_spare: bool) -> None:
         reasons: list[str] = []
         for server in candidates:
             delay_s = server.not_before_s - self._loop.time()
@@ -196,6 +198,8 @@ class Connector:
             if not tunnel.has_room and not tunnel.stream_count:
                 # Dialled again at once it would end in the same, and who changes what passes could make it do so.
                 server.failed(self._loop.time())
+                if is_spare:
+                    self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
                 reason = _why_of_no_use(tunnel)
                 log.warning("%s: %s", server.address, reason)
                 reasons.append(f"{server.address}: {reason}")
@@ -203,9 +207,7 @@ class Connector:
             server.succeeded()
             self.room_was_made()
             return
-        if is_probe:  # nobody waits for a probe; who came meanwhile gets a dial of its own
-            self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
-        else:
+        if not (is_probe or is_spare):  # nobody waits for those; who came meanwhile gets a dial of its own
             self._dial_failed(asyncio.current_task(), TunnelError("; ".join(reasons)))
 
     def _dial_failed(self, task: asyncio.Task[None] | None, error: TunnelError) -> None:

@@ -19,7 +19,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from reflex.complaints import Complaints
@@ -50,7 +50,7 @@ class Door:
     ``on_hello`` is called with a connection whose hello passed every check, the hello, and a view of
     what came behind it (valid during the call); the socket is the callee's. ``on_end`` is called once
     for every connection that did not come to that, when its socket is closed. ``complaints`` are those
-    about the fallback.
+    about the fallback; ``refusals`` those about authentic hellos, by what is wrong with them.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -64,6 +64,18 @@ class Door:
     fallback: Address | None
     on_hello: Callable[[Greeting, socket.socket, AcceptedHello, memoryview], None]
     on_end: Callable[[Greeting], None]
+    refusals: dict[type[HandshakeError], Complaints] = field(default_factory=dict)
+
+    def level_of(self, refusal: HandshakeError) -> int:
+        """The level at which to log why a hello is refused.
+
+        An authentic one is worth a line to the operator. But who has recorded one can send it without end, so
+        that of each kind one line in a while is a warning.
+        """
+        if isinstance(refusal, AuthenticationFailed):
+            return logging.DEBUG
+        complaints = self.refusals.setdefault(type(refusal), Complaints(self.loop.time))
+        return logging.WARNING if complaints.is_due() else logging.DEBUG
 
 
 class Greeting:
@@ -168,10 +180,9 @@ class Greeting:
         else:
             self._discard_for(max(0.0, self._timer.when() - door.loop.time()))
         if verdict is not None:
-            # Only now, when the web server has the bytes: an authentic hello is worth a line to the operator.
+            # Only now, when the web server has the bytes.
             door.counters.handshakes_failed += is_hello
-            level = logging.DEBUG if isinstance(verdict, AuthenticationFailed) else logging.WARNING
-            log.log(level, _REFUSED if is_hello else _NO_HELLO, self._peer, verdict)
+            log.log(door.level_of(verdict), _REFUSED if is_hello else _NO_HELLO, self._peer, verdict)
 
     def _judge(self, hello: bytes, *, is_hello: bool) -> AcceptedHello | HandshakeError | None:
         """Whether it passes, or why not; for what is no hello, why random bytes do not; None where nothing is tried.

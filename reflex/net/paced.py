@@ -69,11 +69,11 @@ class PacedRelay(TargetRelay):
             self.last_tick = self.tunnel.tick
             kept = self._kept
             if kept is None:
-                kept = self._kept = Backlog(self._buffers, self.tunnel.session.share, self.on_memory_used_up)
+                kept = self._kept = Backlog(self._buffers, self.tunnel.session.share, self)
                 self._up.wait(self._deliver_in_turn)
-            waiting = kept.size_bytes
-            if not kept.keep(data):
-                self.tunnel.session.consumed(self.stream, len(data) - (kept.size_bytes - waiting))
+            size = kept.keep(data)
+            if size < len(data):
+                self.tunnel.session.consumed(self.stream, len(data) - size)
                 self.on_memory_used_up()
 
     def _deliver_in_turn(self) -> None:

@@ -220,11 +220,11 @@ class Relay:
             if sent == size:
                 return
             self._write_again()
-        waiting = 0 if backlog is None else backlog.size_bytes
         if backlog is None:
-            backlog = self._backlog = Backlog(self._buffers, tunnel.session.share, self.on_memory_used_up)
-        if not backlog.keep(data[sent:] if sent else data):
-            tunnel.session.consumed(self.stream, size - sent - (backlog.size_bytes - waiting))
+            backlog = self._backlog = Backlog(self._buffers, tunnel.session.share, self)
+        kept = backlog.keep(data[sent:] if sent else data)
+        if sent + kept < size:
+            tunnel.session.consumed(self.stream, size - sent - kept)
             self.on_memory_used_up()
 
     def _unpace(self) -> None:
@@ -346,8 +346,9 @@ class Relay:
 
     def on_memory_used_up(self) -> None:
         """The process has no memory left for what waits here."""
-        self._counters.streams_shed += 1
-        self._reset_stream(Code.LIMIT)
+        if not self.ended:
+            self._counters.streams_shed += 1
+            self._reset_stream(Code.LIMIT)
 
     def on_local_error(self) -> None:
         """The local socket failed or was reset: so is the stream."""

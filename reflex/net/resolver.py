@@ -28,6 +28,9 @@ from reflex.protocol.wire import Status
 AddrInfo = tuple[int, int, int, str, tuple[Any, ...]]
 
 THREADS: Final = 64  # started as they are needed
+# Of each family. A name may have thousands, each of which is judged and dialled: for one who asks, and at
+# everybody's cost. More than the first few are never reached within the time of a dial.
+MAX_ADDRESSES: Final = 8
 
 
 class _Job:
@@ -161,8 +164,13 @@ def _want_of_descriptors() -> OSError | None:
 
 
 def checked(host: str, found: list[Any]) -> list[AddrInfo]:
-    """Those of the results that are IP addresses. Raises DialError where none is."""
-    infos: list[AddrInfo] = [info for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
+    """Those of the results that are IP addresses, MAX_ADDRESSES of each family. Raises DialError where none is."""
+    room = {socket.AF_INET: MAX_ADDRESSES, socket.AF_INET6: MAX_ADDRESSES}
+    infos: list[AddrInfo] = []
+    for info in found:
+        if room.get(info[0]):
+            room[info[0]] -= 1
+            infos.append(info)
     if not infos:
         raise DialError(Status.HOST_UNREACHABLE, f"cannot resolve {host}: it has no address")
     return infos

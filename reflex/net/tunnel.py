@@ -213,15 +213,20 @@ class Tunnel:
                     break
         except ProtocolError as error:
             self._fail(error)
+        except Exception:
+            self._cut_by_mistake()
         self._after_events()
 
     def _on_readable(self) -> None:
         try:
             self._read()
         except Exception:
-            # A mistake of ours: the peer and every relay see a lost connection, and nobody waits for ever.
-            log.exception("%s: internal error", self._label)
-            self.cut("internal error")
+            self._cut_by_mistake()
+
+    def _cut_by_mistake(self) -> None:
+        """A mistake of ours: the peer and every relay see a lost connection, and nobody waits for ever."""
+        log.exception("%s: internal error", self._label)
+        self.cut("internal error")
 
     def _read(self) -> None:
         self.turn += 1
@@ -269,7 +274,11 @@ class Tunnel:
             return
         self.turn += 1
         self.session.now_s = self._loop.time()
-        self._deliver()
+        try:
+            self._deliver()
+        except Exception:
+            self._cut_by_mistake()
+            return
         if self.session.is_left_off:
             self._loop.call_soon(self._go_on)
         elif not self.ended:

@@ -31,7 +31,6 @@ from reflex.protocol.wire import AddressType
 
 MAX_NAME_SIZE: Final = 255  # what one length byte can say
 MAX_PORT: Final = 65_535
-MAX_ADDRESS_SIZE: Final = 1 + 1 + MAX_NAME_SIZE + 2  # type, length, name, port
 
 _IPV4: Final = struct.Struct(">B4BH")  # type, address, port
 _IPV6: Final = struct.Struct(">B16sH")  # type, address, port

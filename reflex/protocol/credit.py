@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from reflex.protocol.streams import Stream
 from reflex.protocol.window import BULK_BYTES, BULK_PAUSE_S, GROWTH_FACTOR, MAX_STREAM_RECEIVE_WINDOW
-from reflex.protocol.wire import INCREMENT, FrameType
+from reflex.protocol.wire import INCREMENT, MAX_WINDOW, FrameType
 
 if TYPE_CHECKING:
     from reflex.protocol.session import Session
@@ -61,13 +61,21 @@ def give_stream_credit(session: Session, stream: Stream) -> None:
     window = stream.receive_window
     note_credit(session, stream, window.owed)
     liveness = session._liveness
-    budget = session._budget
-    growth = min((GROWTH_FACTOR - 1) * window.size, MAX_STREAM_RECEIVE_WINDOW - window.size, budget.growth_left)
-    if growth > 0 and window.wants_growth(session.now_s, liveness.round_trip_s) and budget.take_growth(growth):
+    session_window = session._receive_window
+    wanted = min(
+        (GROWTH_FACTOR - 1) * window.size,
+        MAX_STREAM_RECEIVE_WINDOW - window.size,
+        MAX_WINDOW - session_window.size,  # so that credit which is due can always be told
+    )
+    if (
+        wanted > 0
+        and window.wants_growth(session.now_s, liveness.round_trip_s)
+        and (growth := session.share.take_growth(wanted))
+    ):
         window.grow(growth)
         stream.grown_bytes += growth
         # The session's window grows along, or it would be the limit instead.
-        session._receive_window.grow(growth)
+        session_window.grow(growth)
         give_session_credit(session, 0)
     if liveness.measurement_is_due(session.now_s):
         session.ping()

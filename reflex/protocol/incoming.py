@@ -112,22 +112,24 @@ def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
 def on_window(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, INCREMENT.size)
     increment = INCREMENT.unpack(frame.payload)[0]
-    if increment < USEFUL_BYTES:
+    stream, window = None, session._send_window
+    if frame.stream_id:
+        stream = stream_of(session, frame)
+        if stream is None:
+            if increment < 1:
+                raise FlowControlError("a window raised by 0")
+            session._allowance.charge(PLAIN_COST, session.now_s)
+            return
+        window = stream.send_window
+    # Credit for what was sent is free. More than that makes the window larger: no peer does so often.
+    if increment < USEFUL_BYTES or window.available + increment > window.size:
         session._allowance.charge(PLAIN_COST, session.now_s)
-    if frame.stream_id == 0:
-        was_shut = session._send_window.available == 0
-        session._send_window.add(increment)
+    was_shut = window.available == 0
+    window.add(increment)
+    if stream is None:
         if was_shut:
             yield session._event.set(EventKind.WRITABLE)
         return
-    stream = stream_of(session, frame)
-    if stream is None:
-        if increment < 1:
-            raise FlowControlError("a window raised by 0")
-        session._allowance.charge(PLAIN_COST, session.now_s)
-        return
-    was_shut = stream.send_window.available == 0
-    stream.send_window.add(increment)
     note_credit(session, stream, increment)
     if was_shut and stream.may_send:
         yield session._event.set(EventKind.WRITABLE, stream)
@@ -153,6 +155,8 @@ def on_open(session: Session, frame: Frame) -> Iterator[Event]:
         event = session._event.set(EventKind.OPEN, stream)
         event.address = address
         yield event
+        if stream.is_closed and not session._is_ending:  # the application refused it on the spot
+            session._allowance.charge(RESET_COST, session.now_s)
 
 
 def on_opened(session: Session, frame: Frame) -> Iterator[Event]:
@@ -214,6 +218,8 @@ def on_settings(session: Session, frame: Frame) -> Iterator[Event]:
     for setting, value in read_settings(frame):
         if setting == Setting.MAX_STREAMS:
             session._peer_max_streams = value
+            if session._is_client:
+                session._allowance.allow_streams(value)
         elif setting == Setting.TIME_MS:
             session.peer_time_ms = value
         elif setting == Setting.KEEPALIVE_MS:
@@ -246,6 +252,9 @@ def on_close(session: Session, frame: Frame) -> Iterator[Event]:
 
 def stream_of(session: Session, frame: Frame) -> Stream | None:
     """The frame's stream; None where it has ended.
+
+    A number below the highest one that was opened counts as that of a stream that has ended, also where the
+    client skipped it: no number is remembered.
 
     Raises:
         FrameError: there never was one.

@@ -12,12 +12,14 @@ from reflex.errors import LocalError, SessionClosed, StreamsExhausted, StreamSta
 from reflex.protocol import streams as st
 from reflex.protocol.address import Address
 from reflex.protocol.frames import FrameEncoder
+from reflex.protocol.share import Share
 from reflex.protocol.streams import MAY_SEND, Stream
-from reflex.protocol.window import Budget, ReceiveWindow, SendWindow
+from reflex.protocol.window import ReceiveWindow, SendWindow
 from reflex.protocol.wire import (
     CODE,
     DEFAULT_MAX_STREAMS,
     GOAWAY,
+    MAX_PAYLOAD_SIZE,
     MAX_STREAM_ID,
     SESSION_WINDOW,
     Code,
@@ -34,7 +36,7 @@ class SendingHalf:
 
     Args:
         encoder: packs what is sent; the session's.
-        budget: where streams that end give their growth back.
+        share: where streams that end give their growth back.
         is_client: whether this side opens streams.
     """
 
@@ -52,12 +54,14 @@ class SendingHalf:
         "_send_window",
         "close_received",
         "close_sent",
+        "share",
         "streams",
     )
 
-    def __init__(self, encoder: FrameEncoder, budget: Budget, *, is_client: bool) -> None:
+    def __init__(self, encoder: FrameEncoder, share: Share, *, is_client: bool) -> None:
         self._encoder = encoder
-        self._budget = budget
+        self.share = share
+        self._budget = share.budget
         self._is_client = is_client
         self.streams: dict[int, Stream] = {}
         self._highest_id = -1  # of the client's streams: the last one opened
@@ -183,11 +187,15 @@ class SendingHalf:
 
         Raises:
             StreamStateError: the stream has ended, or is no UDP stream.
+            LocalError: address and data are more than a frame holds, MAX_PAYLOAD_SIZE.
         """
         if stream.is_tcp:
             raise StreamStateError(stream.id, repr(stream), "send a DATAGRAM")
+        payload = address.encode() + data
+        if len(payload) > MAX_PAYLOAD_SIZE:
+            raise LocalError(f"a datagram of {len(payload)} bytes with its address; at most {MAX_PAYLOAD_SIZE} fit")
         stream.move(st.SEND_DATA)
-        self._encoder.write(FrameType.DATAGRAM, stream.id, address.encode() + data)
+        self._encoder.write(FrameType.DATAGRAM, stream.id, payload)
 
     def reset(self, stream: Stream, code: Code) -> None:
         """End the stream in both directions; nothing where it has ended."""
@@ -214,14 +222,14 @@ class SendingHalf:
         if stream.is_closed:
             del self.streams[stream.id]
             if stream.grown_bytes:
-                self._budget.give_growth(stream.grown_bytes)
+                self.share.give_growth(stream.grown_bytes)
                 self._receive_window.grow(-stream.grown_bytes)
                 stream.grown_bytes = 0
 
     def _drop_streams(self) -> None:
         """Every stream that is left is closed, and its growth given back."""
         for stream in self.streams.values():
-            self._budget.give_growth(stream.grown_bytes)
+            self.share.give_growth(stream.grown_bytes)
             stream.grown_bytes = 0
             stream.state = st.CLOSED
         self.streams.clear()

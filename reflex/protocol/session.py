@@ -20,7 +20,7 @@ from typing import Final
 from reflex.errors import FrameError, ProtocolError
 from reflex.protocol.allowance import Allowance
 from reflex.protocol.credit import give_session_credit, give_stream_credit, give_withheld_credit
-from reflex.protocol.events import Event, EventKind
+from reflex.protocol.events import NO_DATA, Event, EventKind
 from reflex.protocol.frames import FrameDecoder, FrameEncoder
 from reflex.protocol.handshake import SessionSecrets
 from reflex.protocol.incoming import take, take_late_data
@@ -81,7 +81,6 @@ class Session(SendingHalf):
         "now_s",
         "peer_time_ms",
         "sealed_records",
-        "share",
     )
 
     def __init__(
@@ -100,9 +99,8 @@ class Session(SendingHalf):
         outgoing, incoming = secrets.root_client_to_server, secrets.root_server_to_client
         if not is_client:
             outgoing, incoming = incoming, outgoing
-        self.share = share or Share(budget or Budget())
         encoder = FrameEncoder(CipherState(secrets.suite, outgoing), pools.buffers)
-        super().__init__(encoder, self.share.budget, is_client=is_client)
+        super().__init__(encoder, share or Share(budget or Budget()), is_client=is_client)
         self.sealed_records: Sequence[object] = encoder.records
         self._decoder = FrameDecoder(CipherState(secrets.suite, incoming), pools.buffers, pools.frames)
         self._frames = pools.frames
@@ -112,6 +110,7 @@ class Session(SendingHalf):
         self.now_s = now_s
         self._liveness = Liveness(keepalive_s, now_s)
         self._allowance = Allowance(now_s)
+        self._allowance.allow_streams(self._max_streams)
         self.peer_time_ms = 0
         self.bulk_s = -math.inf
         self._left_off: tuple[memoryview, int] | None = None  # where the last draw stopped: the body, the next frame
@@ -275,6 +274,7 @@ class Session(SendingHalf):
                     yield event
                 body, end = decoder.next_body(), 0
         finally:
+            event.data = NO_DATA  # an idle session holds no buffer
             if self._left_off is None:
                 decoder.settle()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from reflex.errors import FlowControlError, WindowExceeded
+from reflex.errors import FlowControlError
 from reflex.protocol.wire import MAX_WINDOW
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Budget:
     Plain counters for one thread: the one that runs the sessions.
 
     Attributes:
-        growth: bytes by which windows have grown.
+        growth: bytes by which windows have grown; never above ``growth_limit``.
         buffered: received bytes that the application has, and has not consumed.
         kept: bytes of memory in which some of those wait (:mod:`reflex.protocol.share`); never above
             ``buffered_limit``.
@@ -70,35 +70,18 @@ class Budget:
         """How much windows may still grow."""
         return self.growth_limit - self.growth
 
-    def take_growth(self, size_bytes: int) -> bool:
-        """Reserve window growth; False, and nothing reserved, where the budget does not hold it."""
-        if self.growth + size_bytes > self.growth_limit:
-            return False
-        self.growth += size_bytes
-        return True
-
-    def give_growth(self, size_bytes: int) -> None:
-        """Return growth that :meth:`take_growth` reserved."""
-        self.growth -= size_bytes
-
 
 class SendWindow:
-    """What may still be sent, in payload bytes."""
+    """What may still be sent, in payload bytes. The session takes off what it sends.
 
-    __slots__ = ("available",)
+    Attributes:
+        size: the most that it ever was.
+    """
+
+    __slots__ = ("available", "size")
 
     def __init__(self, size_bytes: int) -> None:
-        self.available = size_bytes
-
-    def take(self, size_bytes: int) -> None:
-        """Count bytes that are sent.
-
-        Raises:
-            WindowExceeded: more than is available; nothing is counted.
-        """
-        if size_bytes > self.available:
-            raise WindowExceeded(size_bytes, self.available)
-        self.available -= size_bytes
+        self.available = self.size = size_bytes
 
     def add(self, increment_bytes: int) -> None:
         """Count a WINDOW frame.
@@ -111,6 +94,7 @@ class SendWindow:
                 f"a window of {self.available} bytes raised by {increment_bytes}; at most {MAX_WINDOW} are allowed"
             )
         self.available += increment_bytes
+        self.size = max(self.size, self.available)
 
 
 class ReceiveWindow:
