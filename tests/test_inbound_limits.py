@@ -10,7 +10,6 @@ import pytest
 
 from reflex.config import InboundLimits
 from reflex.inbound import Inbound
-from reflex.net.doors import ATTEMPTS
 from reflex.net.listener import open_listening
 from reflex.protocol.wire import FrameType, Status
 from reflex.saved_replay import SavedReplaySet
@@ -151,7 +150,7 @@ async def test_when_memory_is_nearly_used_up_new_streams_are_reset_and_running_o
                 assert await far.receive(7) == b"running"
                 await far.send(b"still")
                 assert await near.receive(5) == b"still"
-            assert pair.inbound._counters.streams_refused == 3 * ATTEMPTS
+            assert pair.inbound._counters.streams_refused == 3  # another tunnel would meet the same limit
             assert pair.tunnels == 1
             await pair.stream(origin)
     lines = [line for line in caplog.messages if "new streams are refused: " in line]
