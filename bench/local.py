@@ -20,6 +20,9 @@ from types import TracebackType
 from typing import Final, Self
 
 LOG_LINES_SHOWN: Final = 60
+# For what a program does at once: with coverage, on a machine that does much else. Less than a drain may take (30 s),
+# which must not pass for an end.
+PATIENCE_S: Final = 25
 READY: Final = re.compile(r"ready: listening on (.+)")
 ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\s,:\[\]]+)):(\d+)")
 DAEMONS: Final = {"reflex-inbound": "inbound_main", "reflex-outbound": "outbound_main"}
@@ -92,7 +95,7 @@ class Process:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def wait_for_line(self, pattern: str | re.Pattern[str], *, timeout_s: float = 10, since: int = 0) -> re.Match[str]:
+    def wait_for_line(self, pattern: str | re.Pattern[str], *, timeout_s: float = PATIENCE_S, since: int = 0) -> re.Match[str]:
         """Wait until ``pattern`` is found in a line of stderr, at index ``since`` or later.
 
         Lines that are already there count. Returns the match. Raises ExpectationError when the
@@ -114,7 +117,7 @@ class Process:
         why = "ended without" if self._ended else f"within {timeout_s} s had not"
         raise ExpectationError(f"{self.name} {why} a line with {compiled.pattern!r}; {self.log}")
 
-    def wait_ready(self, *, timeout_s: float = 10) -> list[tuple[str, int]]:
+    def wait_ready(self, *, timeout_s: float = PATIENCE_S) -> list[tuple[str, int]]:
         """Wait for the ready line and return every (host, port) in it, in its order."""
         found = ADDRESS.findall(self.wait_for_line(READY, timeout_s=timeout_s).group(1))
         if not found:
@@ -125,7 +128,7 @@ class Process:
         """Send a signal; a process that has ended gets none."""
         self._process.send_signal(number)
 
-    def wait(self, *, timeout_s: float = 10) -> int:
+    def wait(self, *, timeout_s: float = PATIENCE_S) -> int:
         """Wait for its end and return the exit code; negative: the signal that ended it."""
         try:
             code = self._process.wait(timeout_s)
@@ -134,7 +137,7 @@ class Process:
         self._reader.join(1)  # a grandchild may hold stderr open; it is not waited for
         return code
 
-    def stop(self, *, timeout_s: float = 10) -> int:
+    def stop(self, *, timeout_s: float = PATIENCE_S) -> int:
         """Send SIGTERM and return the exit code. A daemon with open streams drains first."""
         self.send_signal(signal.SIGTERM)
         return self.wait(timeout_s=timeout_s)
@@ -150,7 +153,7 @@ class Process:
 
         Raises ExpectationError when nothing less than SIGKILL helped.
         """
-        for patience_s in (0.5, 5):
+        for patience_s in (0.5, 20):  # together less than a drain may take
             self.send_signal(signal.SIGTERM)
             try:
                 self.wait(timeout_s=patience_s)

@@ -23,6 +23,7 @@ from typing import Self
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from bench.local import (
+    PATIENCE_S,
     ExpectationError,
     Process,
     SocksReplyError,
@@ -373,7 +374,7 @@ def hello_through(socks_port: int, origin: Origin) -> bytes:
             return reader.read().partition(b"\r\n\r\n")[2]
 
 
-def eventually(is_true: Callable[[], bool], *, within_s: float = 10) -> bool:
+def eventually(is_true: Callable[[], bool], *, within_s: float = PATIENCE_S) -> bool:
     """Wait for what the system gives no event for; tells whether it came about."""
     deadline = time.monotonic() + within_s
     while not is_true():
