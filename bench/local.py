@@ -95,7 +95,9 @@ class Process:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def wait_for_line(self, pattern: str | re.Pattern[str], *, timeout_s: float = PATIENCE_S, since: int = 0) -> re.Match[str]:
+    def wait_for_line(
+        self, pattern: str | re.Pattern[str], *, timeout_s: float = PATIENCE_S, since: int = 0
+    ) -> re.Match[str]:
         """Wait until ``pattern`` is found in a line of stderr, at index ``since`` or later.
 
         Lines that are already there count. Returns the match. Raises ExpectationError when the

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -58,10 +58,10 @@ __all__ = [
     "echo",
     "eventually",
     "expected_sha256",
-    "free_port",
     "hello_bytes",
     "hello_through",
     "inbound_settings",
+    "kept_port",
     "make_pair",
     "merged",
     "never_reading",
@@ -218,7 +218,10 @@ def start_outbound(
 
 @dataclass
 class Pair:
-    """Both halves, ready. A half that was stopped or killed comes back by ``restart_…`` on its ports."""
+    """Both halves, ready. A half that was stopped or killed comes back by ``restart_…`` on its ports.
+
+    They are kept for it (:func:`kept_port`), unless the settings name others.
+    """
 
     directory: Path
     keys: Keys
@@ -245,33 +248,50 @@ class Pair:
         """Start the server again, on the addresses that it had; end it first where it still runs."""
         if self.inbound.is_running:
             self.inbound.end()
-        again = {"listen": [_address_text(address) for address in self.inbound_addresses]}
-        self._start_inbound(merged(self.inbound_overrides, again))
+        self._start_inbound()
 
     def restart_outbound(self) -> None:
         """Start the client again, on the addresses that it had; end it first where it still runs."""
         if self.outbound.is_running:
             self.outbound.end()
-        again = {"listen": [{"address": _address_text(address)} for address in self.outbound_addresses]}
-        self._start_outbound(merged(self.outbound_overrides, again))
+        self._start_outbound()
 
-    def _start_inbound(self, overrides: Settings) -> None:
+    def _start_inbound(self) -> None:
         self.inbound = self._everything.enter_context(
-            start_inbound(self.directory, self.keys, overrides, arguments=self.arguments)
+            start_inbound(self.directory, self.keys, self.inbound_overrides, arguments=self.arguments)
         )
         self.inbound_addresses = self.inbound.wait_ready()
 
-    def _start_outbound(self, overrides: Settings) -> None:
+    def _start_outbound(self) -> None:
         self.outbound = self._everything.enter_context(
-            start_outbound(self.directory, self.keys, self.inbound_port, overrides, arguments=self.arguments)
+            start_outbound(
+                self.directory, self.keys, self.inbound_port, self.outbound_overrides, arguments=self.arguments
+            )
         )
         self.outbound_addresses = self.outbound.wait_ready()
+
+    def _on_kept_ports(self, base: Settings, overrides: Settings) -> Settings:
+        """The overrides, with a kept port for each listener that may have any."""
+
+        def kept(address: str) -> str:
+            host, _, port = address.rpartition(":")
+            if port != "0":
+                return address
+            return f"{host}:{self._everything.enter_context(kept_port(host.strip('[]')))}"
+
+        listeners: Any = merged(base, overrides)["listen"]
+        addresses = [
+            kept(each) if isinstance(each, str) else {**each, "address": kept(each["address"])} for each in listeners
+        ]
+        return merged(overrides, {"listen": addresses})
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             undo.push(self._everything)
-            self._start_inbound(self.inbound_overrides)
-            self._start_outbound(self.outbound_overrides)
+            self.inbound_overrides = self._on_kept_ports(inbound_settings(self.keys), self.inbound_overrides)
+            self.outbound_overrides = self._on_kept_ports(outbound_settings(self.keys, 0), self.outbound_overrides)
+            self._start_inbound()
+            self._start_outbound()
             undo.pop_all()
         return self
 
@@ -279,11 +299,6 @@ class Pair:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._everything.__exit__(kind, error, trace)
-
-
-def _address_text(address: tuple[str, int]) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def make_pair(
@@ -341,14 +356,20 @@ def refusing_port(host: str = "127.0.0.1") -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago, for programs that cannot choose one themselves."""
-    with _bound_socket(host) as sock:
-        return int(sock.getsockname()[1])
+@contextlib.contextmanager
+def kept_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port for a program of the test, which may end and come back there; who wants any free port does not get it.
+
+    A socket has it that never listens. Linux lets a program listen there all the same where both say SO_REUSEADDR, as
+    the daemons and nginx do.
+    """
+    with _bound_socket(host, reuse=True) as sock:
+        yield sock.getsockname()[1]
 
 
-def _bound_socket(host: str) -> socket.socket:
+def _bound_socket(host: str, *, reuse: bool = False) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
     sock.bind((host, 0))
     return sock
 

@@ -25,6 +25,7 @@ from tests.processes import (
     Process,
     eventually,
     hello_bytes,
+    kept_port,
     receive_exactly,
     socks_connect,
     start_inbound,
@@ -41,6 +42,13 @@ SILENT: Final = {"limits": {"handshake_timeout_s": 600}}
 @pytest.fixture
 def keys() -> Keys:
     return Keys.generate()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """The server's, also after a restart."""
+    with kept_port() as port:
+        yield port
 
 
 class Clock:
@@ -115,10 +123,10 @@ def test_the_same_hello_again_is_refused_and_new_ones_never(tmp_path: Path, keys
 
 @pytest.mark.parametrize(("end", "workers"), [("stop", 1), ("kill", 2)])
 def test_a_hello_from_before_a_restart_is_refused_and_new_ones_are_not(
-    tmp_path: Path, keys: Keys, end: str, workers: int
+    tmp_path: Path, keys: Keys, port: int, end: str, workers: int
 ) -> None:
-    with server(tmp_path, keys, workers=workers) as process:
-        port = process.wait_ready()[0][1]
+    with server(tmp_path, keys, port=port, workers=workers) as process:
+        process.wait_ready()
         hello = hello_bytes(keys)
         is_answered(port, hello)
         if end == "stop":
@@ -138,7 +146,9 @@ def test_a_hello_from_before_a_restart_is_refused_and_new_ones_are_not(
 BEHIND: Final = "import time\n_time = time.time\ntime.time = lambda: _time() - 5"
 
 
-def test_a_slow_client_that_had_a_session_before_the_restart_is_let_in_at_once(tmp_path: Path, keys: Keys) -> None:
+def test_a_slow_client_that_had_a_session_before_the_restart_is_let_in_at_once(
+    tmp_path: Path, keys: Keys, port: int
+) -> None:
     """It learned the server's time there. No fallback could tell it."""
     is_a_minute_ago = tmp_path / "a minute ago"
     is_a_minute_ago.touch()
@@ -148,16 +158,16 @@ _time = time.time
 time.time = lambda: _time() - 60 * os.path.exists({str(is_a_minute_ago)!r})
 """
     with EchoServer() as echo, contextlib.ExitStack() as stack:
-        with server(tmp_path, keys, prelude=prelude) as process:
-            server_port = process.wait_ready()[0][1]
-            is_a_minute_ago.unlink()  # it has run for a minute now
-            client = stack.enter_context(start_outbound(tmp_path, keys, server_port, prelude=BEHIND))
-            port = client.wait_ready()[0][1]
-            echo_through(port, echo.port)
-            process.kill()
-        with server(tmp_path, keys, port=server_port) as process:
+        with server(tmp_path, keys, port=port, prelude=prelude) as process:
             process.wait_ready()
-            echo_through(port, echo.port)
+            is_a_minute_ago.unlink()  # it has run for a minute now
+            client = stack.enter_context(start_outbound(tmp_path, keys, port, prelude=BEHIND))
+            socks_port = client.wait_ready()[0][1]
+            echo_through(socks_port, echo.port)
+            process.kill()
+        with server(tmp_path, keys, port=port) as process:
+            process.wait_ready()
+            echo_through(socks_port, echo.port)
             assert not any("hello refused" in line for line in process.lines)
 
 
@@ -188,10 +198,12 @@ AHEAD_S: Final = 100  # far more than a restart takes here, and less than would 
 
 
 @pytest.mark.parametrize(("end", "workers"), [("kill", 1), ("kill", 2), ("stop", 1), ("stop", 2)])
-def test_a_hello_dated_ahead_is_refused_after_a_restart(tmp_path: Path, keys: Keys, end: str, workers: int) -> None:
+def test_a_hello_dated_ahead_is_refused_after_a_restart(
+    tmp_path: Path, keys: Keys, port: int, end: str, workers: int
+) -> None:
     """Where it is saved; and a client whose clock is ahead is let in at once."""
-    with server(tmp_path, keys, workers=workers, replay_file=SAVED) as process:
-        port = process.wait_ready()[0][1]
+    with server(tmp_path, keys, port=port, workers=workers, replay_file=SAVED) as process:
+        process.wait_ready()
         hellos = [hello_bytes(keys, time_s=int(time.time()) + AHEAD_S) for _ in range(3)]
         for hello in hellos:
             is_answered(port, hello)
@@ -211,13 +223,13 @@ def test_a_hello_dated_ahead_is_refused_after_a_restart(tmp_path: Path, keys: Ke
             process.kill()
 
 
-def test_a_hello_dated_ahead_gets_the_fallback_after_a_restart(tmp_path: Path, keys: Keys) -> None:
+def test_a_hello_dated_ahead_gets_the_fallback_after_a_restart(tmp_path: Path, keys: Keys, port: int) -> None:
     hello = hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
     (tmp_path / "nginx").mkdir()
     with running_nginx(tmp_path / "nginx", patience_s=60) as (_, nginx_port):
         fallback = f"127.0.0.1:{nginx_port}"
-        with server(tmp_path, keys, replay_file=SAVED, fallback=fallback) as process:
-            port = process.wait_ready()[0][1]
+        with server(tmp_path, keys, port=port, replay_file=SAVED, fallback=fallback) as process:
+            process.wait_ready()
             is_answered(port, hello)
             process.kill()
         with server(tmp_path, keys, port=port, replay_file=SAVED, fallback=fallback) as process:
@@ -227,28 +239,27 @@ def test_a_hello_dated_ahead_gets_the_fallback_after_a_restart(tmp_path: Path, k
             process.wait_for_line("hello refused: hello seen before")
 
 
-def test_a_client_whose_clock_is_ahead_is_let_in_right_after_a_restart(tmp_path: Path, keys: Keys) -> None:
+def test_a_client_whose_clock_is_ahead_is_let_in_right_after_a_restart(tmp_path: Path, keys: Keys, port: int) -> None:
     ahead = f"import time\n_time = time.time\ntime.time = lambda: _time() + {AHEAD_S}"
     with EchoServer() as echo, contextlib.ExitStack() as stack:
-        with server(tmp_path, keys, replay_file=SAVED) as process:
-            server_port = process.wait_ready()[0][1]
-            client = stack.enter_context(start_outbound(tmp_path, keys, server_port, prelude=ahead))
-            port = client.wait_ready()[0][1]
-            echo_through(port, echo.port)
-            process.kill()
-        with server(tmp_path, keys, port=server_port, replay_file=SAVED) as process:
+        with server(tmp_path, keys, port=port, replay_file=SAVED) as process:
             process.wait_ready()
-            echo_through(port, echo.port)
+            client = stack.enter_context(start_outbound(tmp_path, keys, port, prelude=ahead))
+            socks_port = client.wait_ready()[0][1]
+            echo_through(socks_port, echo.port)
+            process.kill()
+        with server(tmp_path, keys, port=port, replay_file=SAVED) as process:
+            process.wait_ready()
+            echo_through(socks_port, echo.port)
             assert not any("hello refused" in line for line in process.lines)
 
 
-def test_without_a_replay_file_a_hello_dated_ahead_is_answered_once_more(tmp_path: Path, keys: Keys) -> None:
+def test_without_a_replay_file_a_hello_dated_ahead_is_answered_once_more(tmp_path: Path, keys: Keys, port: int) -> None:
     """As docs/protocol.md says: 40 bytes, once in each run."""
     hello = hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
-    port = 0
     for _ in range(2):
         with server(tmp_path, keys, port=port) as process:
-            port = process.wait_ready()[0][1]
+            process.wait_ready()
             is_answered(port, hello)
             is_refused(process, port, hello, "hello seen before")
             process.kill()
@@ -257,7 +268,7 @@ def test_without_a_replay_file_a_hello_dated_ahead_is_answered_once_more(tmp_pat
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_locks_nobody_out_and_what_was_taken_meanwhile_is_written_later(
-    tmp_path: Path, keys: Keys, workers: int
+    tmp_path: Path, keys: Keys, port: int, workers: int
 ) -> None:
     """A bound of the size of its files stands for the disk's."""
 
@@ -268,8 +279,8 @@ def test_a_full_disk_locks_nobody_out_and_what_was_taken_meanwhile_is_written_la
     def ahead() -> bytes:
         return hello_bytes(keys, time_s=int(time.time()) + AHEAD_S)
 
-    with server(tmp_path, keys, workers=workers, replay_file=SAVED) as process:
-        port = process.wait_ready()[0][1]
+    with server(tmp_path, keys, port=port, workers=workers, replay_file=SAVED) as process:
+        process.wait_ready()
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, hard))
         taken = [ahead() for _ in range(5)]

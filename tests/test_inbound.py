@@ -28,7 +28,7 @@ from tests.ends import HOST, Origin, connect, refusing_port, silent_port
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import Pair, inbound_settings, port_of, running_inbound, statistics
-from tests.processes import free_port
+from tests.processes import kept_port
 from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
@@ -148,11 +148,11 @@ async def test_a_fallback_that_is_the_server_itself_prevents_the_start_and_nothi
         return opened[-1]
 
     monkeypatch.setattr(inbound_module, "open_listening", open_listening)
-    port = free_port()
-    everywhere = [HostPort(HOST, 0), HostPort("0.0.0.0", port)]
-    inbound = Inbound(inbound_settings(Keys.generate(), listen=everywhere, fallback=port))
-    with pytest.raises(StartError, match=rf"^fallback: 127\.0\.0\.1:{port} is this server itself$"):
-        await inbound.start()
+    with kept_port() as port:
+        everywhere = [HostPort(HOST, 0), HostPort("0.0.0.0", port)]
+        inbound = Inbound(inbound_settings(Keys.generate(), listen=everywhere, fallback=port))
+        with pytest.raises(StartError, match=rf"^fallback: 127\.0\.0\.1:{port} is this server itself$"):
+            await inbound.start()
     assert [sock.fileno() for sock in opened] == [-1, -1]
     assert inbound._listeners == []
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from reflex.net.listener import open_listening, open_shared
 from tests.check_coverage import shortfalls
 from tests.conftest import require_program
 from tests.processes import (
@@ -32,6 +33,7 @@ from tests.processes import (
     cpu_seconds,
     expected_sha256,
     inbound_settings,
+    kept_port,
     merged,
     never_reading,
     open_descriptors,
@@ -237,6 +239,22 @@ def test_leaving_a_server_cuts_its_connections() -> None:
         assert sock.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((server.host, server.port), 10)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_kept_port_is_for_those_who_name_it(host: str) -> None:
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    with kept_port(host) as port:
+        for count in (1, 2, 2):  # listeners, as many as a server has workers; each time they end
+            sockets = open_shared(host, port, count=count) if count > 1 else [open_listening(host, port)]
+            with socket.create_connection((host, port), 10):
+                pass
+            for sock in sockets:
+                sock.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, port), 10)
+        with socket.socket(family) as other, pytest.raises(OSError, match="in use"):
+            other.bind((host, port))
 
 
 def test_never_reading_fills_up() -> None:

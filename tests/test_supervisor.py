@@ -31,8 +31,8 @@ from tests.processes import (
     EchoServer,
     Keys,
     Origin,
-    free_port,
     hello_bytes,
+    kept_port,
     make_pair,
     receive_exactly,
     socks_connect,
@@ -537,12 +537,12 @@ def test_what_no_worker_can_start_with_ends_the_daemon(tmp_path: Path, keys: Key
 
 
 def test_a_fallback_that_is_the_server_itself_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:
-    port = free_port()
-    settings = {"workers": 2, "listen": [f"0.0.0.0:{port}"], "fallback": f"127.0.0.1:{port}"}
-    with start_inbound(tmp_path, keys, settings) as inbound:
-        assert inbound.wait() == 2
-        (line,) = inbound.lines
-        assert line.endswith(f"cannot start: fallback: 127.0.0.1:{port} is this server itself")
+    with kept_port() as port:
+        settings = {"workers": 2, "listen": [f"0.0.0.0:{port}"], "fallback": f"127.0.0.1:{port}"}
+        with start_inbound(tmp_path, keys, settings) as inbound:
+            assert inbound.wait() == 2
+            (line,) = inbound.lines
+            assert line.endswith(f"cannot start: fallback: 127.0.0.1:{port} is this server itself")
 
 
 KNOWN_ONCE = """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.conftest import require_program
-from tests.processes import Process, free_port
+from tests.processes import Process, kept_port
 
 BOUND_S: Final = 20.0
 
@@ -49,17 +49,17 @@ def running_nginx(directory: Path, *, patience_s: int, connections: int = 512) -
     """
     program = require_program("nginx")
     (directory / "site").mkdir(exist_ok=True)
-    port = free_port()
     config = directory / "nginx.conf"
-    config.write_text(
-        NGINX_CONFIG.format(
-            directory=directory, port=port, patience_s=patience_s, connections=connections, files=2 * connections
+    with kept_port() as port:
+        config.write_text(
+            NGINX_CONFIG.format(
+                directory=directory, port=port, patience_s=patience_s, connections=connections, files=2 * connections
+            )
         )
-    )
-    with Process("nginx", [program, "-p", str(directory), "-c", str(config)]) as process:
-        # It listens before it says so.
-        process.wait_for_line("start worker|using the .* event method")
-        yield process, port
+        with Process("nginx", [program, "-p", str(directory), "-c", str(config)]) as process:
+            # It listens before it says so.
+            process.wait_for_line("start worker|using the .* event method")
+            yield process, port
 
 
 @dataclass(frozen=True)
