@@ -11,6 +11,7 @@ bounded here, not denied.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -24,13 +25,17 @@ import pytest
 
 from reflex.net.options import set_reset_on_close
 from tests.distributions import ks_p_value, quantile
-from tests.processes import Keys, LoopbackServer, hello_bytes, start_inbound
+from tests.processes import Keys, LoopbackServer, eventually, hello_bytes, start_inbound
+from tests.test_e2e_floods import statistics
 from tests.webserver import BOUND_S, Answer, converse, loopback_source, running_nginx, tls_hello, without_dates
 
 WEB_PATIENCE_S: Final = 1
 KEYS: Final = Keys.generate()
 TLS_HELLO: Final = tls_hello()
-MAX_ADDED_DELAY_S: Final = 0.002  # at the median
+# What the way through the server may add at the median. The short form runs among other tests, which take milliseconds
+# from it; what waits for anything, be it only for the 40 ms of a delayed ACK, is found by both.
+SHORT_MAX_ADDED_S: Final = 0.03
+MAX_ADDED_S: Final = 0.002
 SAME: Final = 0.01  # a p-value above it: not told apart
 # A p-value below 0.01 comes once in a hundred times although nothing is wrong. Three times in a row is once in a
 # million, and a difference that is there shows each time. So does a delay that is the server's own; one of a machine
@@ -213,7 +218,7 @@ def together(taken: dict[str, list[float]], kinds: dict[str, Callable[[], bytes]
     return [each for name in kinds for each in taken[name]]
 
 
-def check_times(server_port: int, nginx_port: int, rounds: int) -> None:
+def check_times(server_port: int, nginx_port: int, rounds: int, *, max_added_s: float) -> None:
     found: list[str] = []
     for _ in range(TRIES):
         taken = times_by_kind(server_port, nginx_port, rounds)
@@ -226,19 +231,20 @@ def check_times(server_port: int, nginx_port: int, rounds: int) -> None:
             f" nginx itself {direct_s * 1e6:.0f} us, p = {ks_p_value(taken['direct'], judged + others):.3f}"
         )
         print(found[-1], {name: round(quantile(each, 0.5) * 1e6) for name, each in taken.items()})
-        if through_s - direct_s < MAX_ADDED_DELAY_S and p_value > SAME:
+        if through_s - direct_s < max_added_s and p_value > SAME:
             return
     pytest.fail(f"told apart by their times, or too long on the way: {found}")
 
 
 def test_the_time_to_the_answer_does_not_tell_what_a_probe_was_taken_for(server_port: int, nginx_port: int) -> None:
-    check_times(server_port, nginx_port, 2_000 // (len(JUDGED) + len(NOT_JUDGED)) + 1)
+    rounds = 2_000 // (len(JUDGED) + len(NOT_JUDGED)) + 1
+    check_times(server_port, nginx_port, rounds, max_added_s=SHORT_MAX_ADDED_S)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_nor_do_very_many_times_tell_it(server_port: int, nginx_port: int) -> None:
-    check_times(server_port, nginx_port, 20_000 // (len(JUDGED) + len(NOT_JUDGED)))
+    check_times(server_port, nginx_port, 20_000 // (len(JUDGED) + len(NOT_JUDGED)), max_added_s=MAX_ADDED_S)
 
 
 # Without a fallback: nothing.
@@ -302,14 +308,23 @@ def test_without_a_fallback_no_probe_gets_a_byte_and_the_end_is_a_matter_of_chan
 
 @pytest.mark.parametrize("ending", ["FIN", "RST"])
 def test_without_a_fallback_who_leaves_is_let_go_whatever_it_sent(tmp_path: Path, ending: str) -> None:
-    with start_inbound(tmp_path, KEYS) as process:
+    patient = {"limits": {"handshake_timeout_s": 600}}  # nobody is let go by a time-out
+    with start_inbound(tmp_path, KEYS, patient) as process:
+
+        def greetings() -> int:
+            return int(statistics(process)["gauges"]["greetings"])
+
         port = process.wait_ready()[0][1]
-        for kind in SILENT_KINDS.values():
-            pieces = kind()
-            if ending == "FIN":
-                assert converse(port, pieces, then_fin=True) == Answer(b"", "FIN")
-            else:
-                with socket.create_connection(("127.0.0.1", port), BOUND_S) as sock:
+        with contextlib.ExitStack() as stack:
+            for kind in SILENT_KINDS.values():
+                pieces = kind()
+                if ending == "FIN":
+                    assert converse(port, pieces, then_fin=True) == Answer(b"", "FIN")
+                else:
+                    sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), BOUND_S))
                     for piece in pieces:
                         sock.sendall(piece)
                     set_reset_on_close(sock)
+            if ending == "RST":
+                assert eventually(lambda: greetings() == len(SILENT_KINDS))
+        assert eventually(lambda: greetings() == 0)
