@@ -110,13 +110,13 @@ def test_a_tunnel_too_many(tmp_path: Path, origin: Origin) -> None:
 
 
 def test_a_stream_too_many_and_dials_that_wait_for_their_turn(tmp_path: Path, origin: Origin) -> None:
-    with limited_pair(tmp_path, max_streams=2, dials_per_s=5, pool={"max_streams": 1}) as pair:
+    with limited_pair(tmp_path, max_streams=2, dials_per_s=1, pool={"max_streams": 1}) as pair:
         began_s = time.monotonic()
-        done = curl(pair, "--header", "Connection: close", *[f"{origin.url}/hello"] * 8)
+        done = curl(pair, "--header", "Connection: close", *[f"{origin.url}/hello"] * 3)
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - began_s > 0.5  # five at once, then five a second
-        assert 1 <= counters(pair.inbound)["dials_delayed"] <= 3
-        pair.inbound.wait_for_line(r"INFO .*alice is over its dials_per_s \(5\): dials wait")
+        assert time.monotonic() - began_s > 1.5  # one at once, then one a second
+        assert 1 <= counters(pair.inbound)["dials_delayed"] <= 2
+        pair.inbound.wait_for_line(r"INFO .*alice is over its dials_per_s \(1\): dials wait")
 
         held = [socks_connect(pair.socks_port, "127.0.0.1", origin.port) for _ in range(2)]
         assert refusal(curl(pair, f"{origin.url}/hello")) == GENERAL_FAILURE
@@ -128,7 +128,7 @@ def test_a_stream_too_many_and_dials_that_wait_for_their_turn(tmp_path: Path, or
 
 def test_a_download_and_an_upload_keep_the_pace(tmp_path: Path, origin: Origin) -> None:
     """And a small request beside the upload does not wait for it. How smooth it is, test_pace shows by its clock."""
-    size = MIB
+    size = 4 * MIB
     file = tmp_path / "file"
     file.write_bytes(bytes(size))
     with limited_pair(tmp_path, bytes_per_s=MIB) as pair, concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -140,7 +140,7 @@ def test_a_download_and_an_upload_keep_the_pace(tmp_path: Path, origin: Origin) 
         assert not up.done()
         assert up.result().stdout.endswith(b" %d\n" % size)
         assert down.result().returncode == 0
-        assert 0.85 < time.monotonic() - began_s < 3  # each direction has the whole of it; a busy machine takes longer
+        assert time.monotonic() - began_s > 3.85
     assert (tmp_path / "got").stat().st_size == size
 
 

@@ -171,24 +171,23 @@ async def test_dials_wait_for_their_turn_and_what_would_wait_too_long_is_refused
 ) -> None:
     caplog.set_level(logging.INFO)
     keys = Keys.generate()
-    async with running_inbound(limited(keys, dials_per_s=5, dial_timeout_s=0.3)) as (inbound, port):
+    async with running_inbound(limited(keys, dials_per_s=1, dial_timeout_s=1.5)) as (inbound, port):
         loop = inbound._loop
         remote = await raw_client(port, keys)
         with Origin() as origin:
             began_s = loop.time()
-            streams = [remote.session.open(origin.address) for _ in range(7)]
+            streams = [remote.session.open(origin.address) for _ in range(3)]
             await remote.flush()
             seen = await remote.see(EventKind.RESET, streams[-1].id)
             assert seen.number == Code.LIMIT
-            assert loop.time() - began_s < 0.19
-            for _ in range(6):
+            for _ in range(2):
                 await origin.accept()
-            assert loop.time() - began_s > 0.15
+            assert loop.time() - began_s > 0.95
             counters = limits_of(inbound).counters
             assert (counters.dials_delayed, counters.streams_limited) == (1, 1)
             assert notes(caplog) == [
-                "alice is over its dials_per_s (5): dials wait",
-                "alice is over its dials_per_s (5): a stream was refused, for it would have waited too long",
+                "alice is over its dials_per_s (1): dials wait",
+                "alice is over its dials_per_s (1): a stream was refused, for it would have waited too long",
             ]
         remote.leave()
 
