@@ -39,9 +39,9 @@ from tests.processes import (
 from tests.webserver import Answer, converse, tls_hello
 
 BOUND_S = 20
-RECOVERY_S = 1.0
+RECOVERY_S = 1.9  # a server that had failed too often would be left alone for 2 s at least
 WATCHED_S = 1.0  # how long a process without descriptors is watched
-CPU_SHARE = 0.2  # of one processor, at most, while it waits for descriptors
+CPU_SHARE = 0.5  # of one processor, at most, while it waits for descriptors
 GENERAL_FAILURE = 1  # SOCKS5's reply
 
 
@@ -157,7 +157,7 @@ def test_a_client_without_a_descriptor_for_a_tunnel_says_so_and_recovers_at_once
             port = client.wait_ready()[0][1]
             descriptors = Descriptors(client.pid)
             descriptors.leave(1)  # for the application's connection
-            for _ in range(6):  # a server that fails so often would be left alone for 4 s
+            for _ in range(6):  # a server that fails so often would be left alone for 2 to 4 s
                 with pytest.raises(SocksReplyError) as caught:
                     socks_connect(port, "127.0.0.1", target.port)
                 assert caught.value.status == GENERAL_FAILURE
