@@ -24,6 +24,7 @@ from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Code, Status
+from tests.conftest import require_ipv6
 from tests.ends import HOST, NO_SUCH_NAME, Origin, connect, refusing_port, silent_port
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
@@ -107,6 +108,7 @@ async def test_a_protocol_error_cuts_the_tunnel_without_a_word_and_its_targets_a
 
 @in_loop
 async def test_it_says_where_it_listens_and_lets_go_when_it_cannot() -> None:
+    require_ipv6()
     keys = Keys.generate()
     two = [HostPort(HOST, 0), HostPort("::1", 0)]
     inbound = Inbound(inbound_settings(keys, listen=two))

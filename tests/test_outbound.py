@@ -19,6 +19,7 @@ from reflex.outbound import Outbound, cipher_suite
 from reflex.protocol.socks5 import METHOD_NONE, METHOD_PASSWORD, METHOD_REFUSED, VERSION
 from reflex.protocol.wire import Status, Suite
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
+from tests.conftest import require_ipv6
 from tests.ends import HOST, NO_SUCH_NAME, REPLY_SIZE, End, Origin, connect, refusing_port, silent_port, socks_head
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
@@ -151,6 +152,7 @@ async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
 
 @in_loop
 async def test_it_says_where_it_listens_and_lets_go_when_it_cannot() -> None:
+    require_ipv6()
     servers = [server_settings(Keys.generate(), 1)]
     doors = [ListenSettings(address=EPHEMERAL), ListenSettings(address=HostPort("::1", 0))]
     outbound = Outbound(outbound_settings(servers, listen=doors))
