@@ -7,6 +7,7 @@ What a command needs for its work alone is imported by it, so that the others st
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,10 @@ from reflex.config.secret import describe
 from reflex.errors import ConfigError
 
 if TYPE_CHECKING:
+    import socket
+
     from reflex.daemon import Daemon
+    from reflex.worker import WorkerContext
 
 Settings = TypeVar("Settings", InboundSettings, OutboundSettings)
 
@@ -184,8 +188,13 @@ def _run(
     from reflex.supervisor import run_workers  # noqa: PLC0415 - most daemons have no workers
 
     daemon_class = load_class()  # before the workers are forked off, which then share the code's memory
+
+    def prepare(listening: Sequence[socket.socket]) -> Callable[[WorkerContext], Daemon]:
+        resolved = _with_web_server(settings, listening)
+        return lambda shared: daemon_class(resolved, shared=shared)
+
     return run_workers(
-        lambda shared: daemon_class(settings, shared=shared),
+        prepare,
         listen=[(address.host, address.port) for address in _listen_addresses(settings)],
         workers=settings.workers,
         name=name,
@@ -193,6 +202,18 @@ def _run(
         limited_users=len(settings.limited_users) if isinstance(settings, InboundSettings) else 0,
         replay_file=settings.replay_file if isinstance(settings, InboundSettings) else None,
     )
+
+
+def _with_web_server(
+    settings: InboundSettings | OutboundSettings, listening: Sequence[socket.socket]
+) -> InboundSettings | OutboundSettings:
+    """The fallback's name looked up, once for all workers and for those that come after them. Raises StartError."""
+    if not isinstance(settings, InboundSettings) or settings.fallback is None:
+        return settings
+    from reflex.net.web_server import find_web_server  # noqa: PLC0415 - keeps --help and `reflex` fast
+
+    address = find_web_server(settings.fallback.host, settings.fallback.port, listening)
+    return dataclasses.replace(settings, fallback=HostPort(address.host, address.port))
 
 
 def _listen_addresses(settings: InboundSettings | OutboundSettings) -> list[HostPort]:

@@ -19,7 +19,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NoReturn, Protocol
 
 from reflex.errors import StartError
@@ -50,7 +50,7 @@ class Daemon(Protocol):
         ...
 
     def report(self) -> None:
-        """Logs statistics."""
+        """Logs statistics, at INFO, with the logger that :func:`run_daemon` was told."""
         ...
 
 
@@ -148,7 +148,8 @@ async def _serve(make: Callable[[], Daemon], log: logging.Logger, control: Contr
 
     def on_report() -> None:
         if daemon is not None:
-            daemon.report()
+            with _everything_of(log):
+                daemon.report()
 
     control.attach(on_stop, on_report)
     try:
@@ -187,6 +188,17 @@ def log_ready(log: logging.Logger, addresses: Sequence[str]) -> None:
     """Logs at INFO whatever the log level: who starts a daemon waits for this line."""
     text = "ready: listening on " + ", ".join(addresses)
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
+
+
+@contextlib.contextmanager
+def _everything_of(log: logging.Logger) -> Iterator[None]:
+    """Meanwhile the logger says whatever is of INFO and above, at every log level: somebody has asked for it."""
+    level = log.level
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def one_line(error: Exception) -> str:

@@ -9,8 +9,8 @@
    connection becomes a :class:`Tunnel`.
 3. Each OPEN on it becomes a :class:`TargetRelay`, which dials the target, answers, and relays.
    A user that has limits of its own is asked first: :class:`UserLimits`.
-4. Draining: nothing new is accepted, tunnels say GOAWAY and close with their last stream; what is left
-   after ``drain_s`` is reset.
+4. Draining: nothing new is accepted, tunnels say GOAWAY and close with their last stream, what is idle at the
+   fallback is ended; what is left after ``drain_s`` is reset.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from typing import Final
 
 from reflex.complaints import Complaints
 from reflex.config import InboundSettings
-from reflex.errors import StartError
 from reflex.metrics import Counters, statistics_json
 from reflex.net.failures import Failures, source_of
-from reflex.net.fallback import fallback_address
+from reflex.net.fallback import Fallback, end_idle
 from reflex.net.greeting import Door, Greeting
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
 from reflex.net.options import is_loopback, set_unpaced
 from reflex.net.pressure import Pressure
 from reflex.net.relay import Relay
+from reflex.net.room import Room
 from reflex.net.talk import Talk
 from reflex.net.target import Dialling, DialQueue, TargetRelay
 from reflex.net.targets import TargetPolicy
 from reflex.net.trimmer import Trimmer
 from reflex.net.tunnel import CLOSE_WAIT_S, Tunnel
+from reflex.net.web_server import web_server_address
+from reflex.protocol.address import Address
 from reflex.protocol.events import Event
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials
 from reflex.protocol.pools import Pools
@@ -49,6 +51,7 @@ from reflex.protocol.session import Session
 from reflex.protocol.window import Budget
 from reflex.protocol.wire import Code, Status
 from reflex.saved_replay import SavedReplaySet
+from reflex.slots import close_all
 from reflex.users import Users
 from reflex.worker import WorkerContext
 
@@ -57,7 +60,6 @@ log = logging.getLogger(__name__)
 # A stranger costs up to a quarter of a millisecond: after so many it is the tunnels' turn again, so that a flood
 # which takes all of the processor leaves each of them a read every two milliseconds.
 ACCEPTS_PER_TURN: Final = 8
-DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see _has_room) grows smaller
 
 
 class Inbound:
@@ -92,7 +94,9 @@ class Inbound:
         self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
         self._talk = Talk()
-        self._discarding = 0  # connections of tunnels that ended by a fatal error
+        self._room = Room(
+            settings.limits.max_connections, self._greetings, self._tunnels, counters=self._counters, shared=shared
+        )
         self._relays: set[Relay] = set()
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -102,42 +106,47 @@ class Inbound:
         """Listen. Returns every address; raises StartError, with nothing left listening."""
         settings = self._settings
         fallback = settings.fallback
-        self._door = Door(
-            loop=self._loop,
-            credentials=self._credentials,
-            replay=self._replay,
-            pools=self._pools,
-            counters=self._counters,
-            failures=Failures(),
-            complaints=Complaints(),
-            handshake_timeout_s=settings.limits.handshake_timeout_s,
-            fallback=None if fallback is None else await fallback_address(fallback.host, fallback.port),
-            on_hello=self._on_hello,
-            on_end=self._on_greeting_end,
-        )
-        self._users.start()
+        web_server: Address | None = None
+        sockets: list[socket.socket] = []
         try:
-            for position, address in enumerate(settings.listen):
-                if self._shared is None:
-                    sock = open_listening(address.host, address.port)
-                else:
-                    sock = self._shared.sockets[position]
-                listener = Listener(
-                    self._loop, sock, self._on_accept, self._on_accept_pause, accepts_per_turn=ACCEPTS_PER_TURN
-                )
-                self._listeners.append(listener)
-                listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
-        except StartError:
-            self._stop_listening()
+            self._users.start()
+            if self._shared is None:
+                for address in settings.listen:
+                    sockets.append(open_listening(address.host, address.port))
+            else:
+                sockets += self._shared.sockets
+            if fallback is not None:
+                web_server = await web_server_address(fallback.host, fallback.port, sockets)
+            self._door = Door(
+                loop=self._loop,
+                credentials=self._credentials,
+                replay=self._replay,
+                pools=self._pools,
+                counters=self._counters,
+                failures=Failures(),
+                complaints=Complaints(),
+                handshake_timeout_s=settings.limits.handshake_timeout_s,
+                fallback=web_server,
+                on_hello=self._on_hello,
+                on_end=self._on_greeting_end,
+            )
+        except BaseException:
+            close_all(sockets)
             self._replay.close()
             await self._users.close()
             raise
+        for sock in sockets:
+            listener = Listener(
+                self._loop, sock, self._on_accept, self._on_accept_pause, accepts_per_turn=ACCEPTS_PER_TURN
+            )
+            self._listeners.append(listener)
+            listener.set_options(nodelay=settings.tcp.nodelay, keepalive_s=settings.tcp.keepalive_s)
         return [listener.address for listener in self._listeners]
 
     # 1. A connection arrives.
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if not self._has_room():
+        if not self._room.has_room():
             self._counters.connections_refused += 1
             sock.close()
             return
@@ -151,45 +160,14 @@ class Inbound:
             return
         assert self._door is not None  # noqa: S101  # start() made it before it listened
         self._greetings[Greeting(self._door, sock, f"{host}:{port}", source_of(host))] = None
-        self._publish_connections()
+        self._room.publish()
 
     def _on_accept_pause(self) -> None:
         self._counters.accept_pauses += 1
 
-    def _has_room(self) -> bool:
-        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
-
-        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
-        other workers, a worker without any takes one connection beyond it: the others make up for
-        that with the next connections that they accept.
-        """
-        limit = self._settings.limits.max_connections
-        for _ in range(DISPLACED_PER_ACCEPT):
-            if self._connections() < limit or not self._greetings:
-                break
-            self._counters.connections_displaced += 1
-            next(iter(self._greetings)).end(reset=False)
-        if self._connections() < limit:
-            return True
-        tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
-        return not self._greetings and len(self._tunnels) + self._discarding + tunnels_elsewhere < limit
-
-    def _connections(self) -> int:
-        """How many there are, in all workers."""
-        elsewhere = 0 if self._shared is None else self._shared.connections.elsewhere()
-        return self._own_connections() + elsewhere
-
-    def _own_connections(self) -> int:
-        return len(self._greetings) + len(self._tunnels) + self._discarding
-
-    def _publish_connections(self) -> None:
-        if self._shared is not None:
-            self._shared.connections.publish(self._own_connections())
-            self._shared.tunnels.publish(len(self._tunnels) + self._discarding)
-
     def _on_greeting_end(self, greeting: Greeting) -> None:
         self._greetings.pop(greeting, None)
-        self._publish_connections()
+        self._room.publish()
         self._check_all_ended()
 
     # 2. It is Reflex.
@@ -243,10 +221,10 @@ class Inbound:
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
             on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),
-            on_discard=self._on_discard,
+            on_discard=self._room.discard,
         )
         self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
-        self._publish_connections()
+        self._room.publish()
         if user is not None and is_allowed:
             user.add(tunnel)
         if rest:
@@ -256,13 +234,8 @@ class Inbound:
         del self._tunnels[tunnel]
         if user is not None:
             user.remove(tunnel)
-        self._publish_connections()
+        self._room.publish()
         self._check_all_ended()
-
-    def _on_discard(self, change: int) -> None:
-        """A tunnel has failed, and its connection is kept for a while, or not any more: it counts meanwhile."""
-        self._discarding += change
-        self._publish_connections()
 
     # 3. A stream is opened.
 
@@ -339,10 +312,14 @@ class Inbound:
         self._check_all_ended()
         try:
             async with asyncio.timeout_at(deadline_s):
-                await self._all_ended.wait()
+                await end_idle(self._fallbacks, self._all_ended)
         except TimeoutError:
             log.info(
-                "%d tunnels still had streams after %g s: reset", len(self._tunnels), self._settings.limits.drain_s
+                "%d tunnels, %d connections to targets and %d to the web server had not ended after %g s: reset",
+                len(self._tunnels),
+                len(self._relays),
+                len(self._fallbacks()),
+                self._settings.limits.drain_s,
             )
             for greeting in list(self._greetings):
                 greeting.end(reset=True)
@@ -352,6 +329,9 @@ class Inbound:
         self._trimmer.stop()
         await self._users.close()
         self.report()
+
+    def _fallbacks(self) -> list[Fallback]:
+        return [greeting.fallback for greeting in self._greetings if greeting.fallback is not None]
 
     async def _cut_what_lingers(self) -> None:
         """Every tunnel was closed: their peers get a moment to see it, what is left then is cut."""

@@ -1,4 +1,4 @@
-"""Counters of one process, and their faces: JSON for the log, Prometheus text for a collector."""
+"""Counters of one process, and their JSON for the log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-PREFIX = "reflex_"
 
 
 @dataclass(slots=True)
@@ -56,17 +54,3 @@ def statistics_json(counters: Counters, pools: Mapping[str, Any], gauges: Mappin
             "gauges": dict(gauges),
         }
     )
-
-
-def prometheus_text(counters: Counters, pools: Mapping[str, Any], gauges: Mapping[str, int]) -> str:
-    """The same in the Prometheus text format (version 0.0.4)."""
-    lines: list[str] = []
-    for name, value in counters.as_dict().items():
-        lines += [f"# TYPE {PREFIX}{name}_total counter", f"{PREFIX}{name}_total {value}"]
-    for name, value in gauges.items():
-        lines += [f"# TYPE {PREFIX}{name} gauge", f"{PREFIX}{name} {value}"]
-    figures = [(pool, dataclasses.asdict(statistics)) for pool, statistics in pools.items()]
-    for field in figures[0][1] if figures else ():
-        lines.append(f"# TYPE {PREFIX}pool_{field} gauge")
-        lines += [f'{PREFIX}pool_{field}{{pool="{pool}"}} {values[field]}' for pool, values in figures]
-    return "\n".join(lines) + "\n"

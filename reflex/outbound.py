@@ -259,10 +259,10 @@ class Outbound:
         )
         self._is_draining = True
         self._stop_listening()
+        self._connector.close()  # who waits for a tunnel is told that there will be none
         for visitor in list(self._visitors):
             if not visitor.has_stream:
                 visitor.end()
-        self._connector.close()
         for tunnel in self._tunnels:
             self._on_stream_end(tunnel)
         self._check_all_ended()

@@ -20,6 +20,9 @@ from reflex.worker import MESSAGE_MAX_BYTES, SIGNALS
 
 NEVER_S: Final = float("inf")
 END: Final = b""  # what is received after the last message
+STEADY_S: Final = 10.0  # a worker that lived so long did not die because it started
+FIRST_DELAY_S: Final = 0.2  # before the second replacement in a row; doubles
+MAX_DELAY_S: Final = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +60,7 @@ class Slot:
         self.is_ready = False
         self.failure = ""
         self.next_look_s = NEVER_S
+        self.unanswered = 0
         # A signal that comes before the worker can handle it waits until it can.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -78,11 +82,32 @@ class Slot:
         return channels
 
     def kill(self) -> None:
-        """End the worker, if there is one, with SIGKILL."""
+        """End the worker, if there is one, with SIGKILL. SIGCHLD tells when it is done: after a disk's answer, say."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)  # SIGKILL takes effect at once, so this is no waiting
-            self.pid = 0
+
+    def delay_replacement(self) -> float:
+        """The worker has died: returns for how long nobody comes after it, seconds."""
+        now_s = time.monotonic()
+        self.early_deaths = 0 if now_s - self.started_s >= STEADY_S else self.early_deaths + 1
+        delay_s = replacement_delay_s(self.early_deaths)
+        self.not_before_s = now_s + delay_s
+        return delay_s
+
+
+def replacement_delay_s(early_deaths: int) -> float:
+    """How long to wait before a worker is replaced that was the ``early_deaths``-th in a row to die early."""
+    return 0.0 if early_deaths <= 1 else min(FIRST_DELAY_S * 2.0 ** min(early_deaths - 2, 16), MAX_DELAY_S)
+
+
+def how_it_ended(code: int) -> str:
+    """For the log. ``code``: as of os.waitstatus_to_exitcode, negative for a signal."""
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"  # not all real-time signals have a name
 
 
 def receive(sock: socket.socket | None) -> bytes | None:

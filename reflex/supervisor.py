@@ -11,8 +11,8 @@ The parent serves no connection. Its story:
 4. It owns the one replay set and answers the workers' questions. It hands on orders: the first SIGINT or SIGTERM
    drains, the second ends all at once, SIGUSR1 asks each for its statistics.
 5. A worker that dies is replaced, with a growing delay if it does so again and again. One that cannot start in
-   the first place ends the daemon. One that does not answer any more is killed, and so replaced: the kernel would
-   go on to give it connections.
+   the first place ends the daemon. One that does not become ready, or does not answer any more, is killed, and so
+   replaced: the kernel would go on to give it connections.
 
 The parent never waits for one worker: all its sockets are non-blocking, and what a worker does not take is
 dropped. A worker whose question is not answered refuses the hello.
@@ -20,7 +20,6 @@ dropped. A worker whose question is not answered refuses the hello.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import selectors
@@ -47,12 +46,11 @@ from reflex.daemon import (
 from reflex.errors import Replayed, StartError
 from reflex.net.listener import listening_address, open_shared
 from reflex.saved_replay import SavedReplaySet
-from reflex.slots import END, NEVER_S, Slot, close_all, receive, send
+from reflex.slots import END, MAX_DELAY_S, NEVER_S, Slot, close_all, how_it_ended, receive, send
 from reflex.worker import (
     ALIVE,
     ASK,
     FAILED,
-    MESSAGE_MAX_BYTES,
     QUERY,
     READY,
     REPORT,
@@ -65,14 +63,12 @@ from reflex.worker import (
 )
 
 EXIT_WORKER_LOST: Final = 1  # a worker did not drain, but died
-STEADY_S: Final = 10.0  # a worker that lived so long did not die because it started
-FIRST_DELAY_S: Final = 0.2  # before the second replacement in a row; doubles
-MAX_DELAY_S: Final = 10.0
 # A worker is asked so often whether it is alive, and killed instead of asked again after so many questions without an
 # answer. They are counted, not timed: a machine that has slept, or stopped all of them, finds none dead.
 LOOK_INTERVAL_S: Final = 10.0
 MAX_UNANSWERED: Final = 3
-KILL_AFTER_S: Final = 1.0  # after the second signal, for a worker that does not heed it
+# After the second signal, for a worker that does not heed it; one that does may need reflex.usage.LAST_WRITE_S.
+KILL_AFTER_S: Final = 3.0
 
 ORDERS_TO_END: Final = 2  # the first one drains
 
@@ -80,7 +76,7 @@ RunWorker = Callable[[WorkerContext, Control], int]
 
 
 def run_workers(
-    make: Callable[[WorkerContext], Daemon],
+    prepare: Callable[[Sequence[socket.socket]], Callable[[WorkerContext], Daemon]],
     *,
     listen: Sequence[tuple[str, int]],
     workers: int,
@@ -89,10 +85,12 @@ def run_workers(
     limited_users: int = 0,
     replay_file: Path | None = None,
 ) -> int:
-    """Runs several of the daemon that ``make`` returns as one; returns the process's exit code.
+    """Runs several daemons as one; returns the process's exit code.
 
     Args:
-        make: called once in each worker, inside the running event loop; may raise StartError or OSError.
+        prepare: called once, before there are workers, with one listening socket for each address; may raise
+            StartError. It returns what makes the daemon: called once in each worker, inside the running event loop;
+            may raise StartError or OSError.
         listen: the addresses, host and port (0: any free one), in the order in which a worker gets its sockets.
         workers: how many.
         name: the name of the daemon's logger, such as ``reflex.inbound``.
@@ -111,13 +109,17 @@ def run_workers(
         return run_daemon(lambda: make(context), name=name, log_level=log_level, control=control, label=label)
 
     groups: list[list[socket.socket]] = []
+    replay: SavedReplaySet | None = None
     try:
         replay = SavedReplaySet(replay_file)
         for host, port in listen:
             groups.append(open_shared(host, port, count=workers))
+        make = prepare([group[0] for group in groups])
     except StartError as error:
         for group in groups:
             close_all(group)
+        if replay is not None:
+            replay.close()
         log.error("cannot start: %s", error)
         return EXIT_NOT_STARTED
     return Supervisor(groups, run_worker, log, limited_users=limited_users, replay=replay).run()
@@ -211,6 +213,7 @@ class Supervisor:
         control, replay = slot.fork(partial(self._be_worker, slot))
         for sock, handle in ((control, self._on_control), (replay, self._on_question)):
             self._selector.register(sock, selectors.EVENT_READ, partial(handle, slot))
+        slot.next_look_s = time.monotonic() + LOOK_INTERVAL_S
 
     def _be_worker(self, slot: Slot, control: socket.socket, replay: socket.socket) -> NoReturn:
         """What the new process does. It has the parent's everything, and gives back what is not its own."""
@@ -249,7 +252,7 @@ class Supervisor:
             elif all(each.is_ready for each in self._slots) and not self._is_stopping:
                 self._was_ready = True
                 log_ready(self._log, self._addresses)
-        elif message == ALIVE:
+        elif message == ALIVE and slot.is_ready:  # before, every question counts: a start has an end
             slot.unanswered = 0
         elif message is not None and message.startswith(FAILED):
             slot.failure = message[len(FAILED) :].decode(errors="replace")
@@ -293,7 +296,7 @@ class Supervisor:
             pass  # what it said last
         self._drop_channels(slot)
         self._memory.clear(slot.number)
-        how = _how_it_ended(code)
+        how = how_it_ended(code) + (f": {slot.failure}" if slot.failure else "")
         if self._is_stopping:
             if code != EXIT_STOPPED and self._stop_orders < ORDERS_TO_END:
                 self._log.warning("worker %d (process %d) %s", slot.number, pid, how)
@@ -302,13 +305,9 @@ class Supervisor:
         if not self._was_ready and code >= 0:
             self._cannot_start(slot.failure or f"worker {slot.number} {how}")
             return
-        now_s = time.monotonic()
-        slot.early_deaths = 0 if now_s - slot.started_s >= STEADY_S else slot.early_deaths + 1
-        delay_s = replacement_delay_s(slot.early_deaths)
-        slot.not_before_s = now_s + delay_s
+        delay_s = slot.delay_replacement()
         when = f"in {delay_s:g} s" if delay_s else "now"
-        why = f": {slot.failure}" if slot.failure else ""
-        self._log.warning("worker %d (process %d) %s%s; replaced %s", slot.number, pid, how, why, when)
+        self._log.warning("worker %d (process %d) %s; replaced %s", slot.number, pid, how, when)
 
     def _cannot_start(self, text: str) -> None:
         self._log.error("cannot start: %s", text)
@@ -320,6 +319,7 @@ class Supervisor:
     def _replace_dead(self) -> None:
         if self._is_stopping:
             if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
+                self._kill_at_s = None
                 self._kill_all()
             return
         for slot in self._slots:
@@ -337,8 +337,9 @@ class Supervisor:
                 send(slot.control, ASK)
             else:
                 slot.next_look_s = NEVER_S
-                self._log.error("worker %d (process %d) does not answer: killed", slot.number, slot.pid)
-                os.kill(slot.pid, signal.SIGKILL)  # SIGCHLD tells when it is done
+                what = "does not answer" if slot.is_ready else "does not become ready"
+                self._log.error("worker %d (process %d) %s: killed", slot.number, slot.pid, what)
+                slot.kill()
 
     def _start_again(self, slot: Slot) -> None:
         try:
@@ -359,13 +360,15 @@ class Supervisor:
     # Orders.
 
     def _on_signals(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for signum in self._wakeup.recv(MESSAGE_MAX_BYTES):
-                if signum in (signal.SIGINT, signal.SIGTERM):
-                    self._stop(signum)
-                elif signum == signal.SIGUSR1:
-                    self._tell_all(REPORT)
-        self._reap()  # whatever woke us: a signal that comes twice may be noted once
+        noted = receive(self._wakeup) or b""
+        # Whatever woke us: a signal that comes twice may be noted once. And before the orders: a stop replaces who
+        # has died, for those who wait in its queue.
+        self._reap()
+        for signum in noted:
+            if signum in (signal.SIGINT, signal.SIGTERM):
+                self._stop(signum)
+            elif signum == signal.SIGUSR1:
+                self._tell_all(REPORT)
 
     def _stop(self, signum: int) -> None:
         name = signal.Signals(signum).name
@@ -391,21 +394,6 @@ class Supervisor:
     def _kill_all(self) -> None:
         for slot in self._slots:
             slot.kill()
-
-
-def replacement_delay_s(early_deaths: int) -> float:
-    """How long to wait before a worker is replaced that was the ``early_deaths``-th in a row to die early."""
-    return 0.0 if early_deaths <= 1 else min(FIRST_DELAY_S * 2.0 ** min(early_deaths - 2, 16), MAX_DELAY_S)
-
-
-def _how_it_ended(code: int) -> str:
-    """For the log. ``code``: as of os.waitstatus_to_exitcode, negative for a signal."""
-    if code >= 0:
-        return f"ended with code {code}"
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"  # not all real-time signals have a name
 
 
 def _noted(signum: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,6 @@ from reflex.database import in_transaction, open_database, reason_of
 
 log = logging.getLogger(__name__)
 
-WRITE_INTERVAL_S: Final = 2.0
 BUSY_TIMEOUT_S: Final = 5.0  # while another process writes, which takes milliseconds
 LAST_WRITE_S: Final = 2.0  # for the last write of a process that ends at once
 COMPLAINT_INTERVAL_S: Final = 60.0
@@ -106,6 +105,7 @@ class MonthlyUsage:
         self._stored = self._file.add({}, self._stored_month)
         self._counted: Counter[tuple[str, str]] = Counter()  # and not yet given to the thread
         self._in_writing: Amounts = {}
+        self._under_way: Future[dict[str, int]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
         self._task: asyncio.Task[None] | None = None
         self._complaints = Complaints(interval_s=COMPLAINT_INTERVAL_S)
@@ -145,29 +145,36 @@ class MonthlyUsage:
             self._task = asyncio.get_running_loop().create_task(self._write())
 
     async def _write(self) -> None:
+        try:
+            await self._add_counted()
+        except sqlite3.Error as error:
+            if self._complaints.is_due():
+                log.error("cannot write the usage file %s: %s; tried again", self._path, reason_of(error))
+
+    async def _add_counted(self) -> None:
+        """Raises sqlite3.Error; what was counted waits then for the next time."""
         month = self.month
         self._in_writing, self._counted = dict(self._counted), Counter()
+        self._under_way = self._thread.submit(self._file.add, self._in_writing, month)
         try:
-            stored = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._file.add, self._in_writing, month
-            )
-        except sqlite3.Error as error:
+            self._stored = await asyncio.wrap_future(self._under_way)
+            self._stored_month = month
+        except sqlite3.Error:
             self._counted.update(self._in_writing)
-            self._complain(error)
-        else:
-            self._stored, self._stored_month = stored, month
-        self._in_writing = {}
-
-    def _complain(self, error: Exception) -> None:
-        if self._complaints.is_due():
-            log.error("cannot write the usage file %s: %s; tried again", self._path, reason_of(error))
+            raise
+        finally:
+            self._in_writing = {}
+            self._under_way = None
 
     async def close(self) -> None:
         """Write what is left, and let go of the file. Nothing may be counted afterwards."""
         if self._task is not None:
             await self._task
         if not self._is_closed:
-            await self._write()
+            try:
+                await self._add_counted()
+            except sqlite3.Error as error:
+                self._say_lost(error, self._counted)
             self._is_closed = True
             self._thread.shutdown()
             self._file.close()
@@ -177,12 +184,29 @@ class MonthlyUsage:
         if self._is_closed:
             return
         self._is_closed = True
-        last = self._thread.submit(self._file.add, dict(self._counted), self.month)  # behind one that is under way
+        counted, in_writing, under_way = self._counted, self._in_writing, self._under_way
+
+        def unwritten() -> Amounts:
+            if under_way is None or (under_way.done() and not under_way.cancelled() and under_way.exception() is None):
+                return counted
+            return counted + Counter(in_writing)
+
+        def add_unwritten() -> None:
+            self._file.add(unwritten(), self.month)  # behind the write that is under way: it is done
+
         try:
-            last.result(LAST_WRITE_S)
+            self._thread.submit(add_unwritten).result(LAST_WRITE_S)
         except (sqlite3.Error, TimeoutError) as error:
-            self._complain(error)
+            self._say_lost(error, unwritten())
             return
         finally:
             self._thread.shutdown(wait=False)
         self._file.close()
+
+    def _say_lost(self, error: Exception, amounts: Amounts) -> None:
+        log.error(
+            "cannot write the usage file %s: %s; up to %d bytes of what users have used are lost",
+            self._path,
+            reason_of(error),
+            sum(amounts.values()),
+        )

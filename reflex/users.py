@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from reflex.usage import MonthlyUsage
 
 METER_INTERVAL_S: Final = 0.5  # how often what users have used of their month is looked at
-METERS_PER_WRITE: Final = 4  # WRITE_INTERVAL_S of reflex.usage, in looks
+WRITE_INTERVAL_S: Final = 2.0  # how often that is written
+METERS_PER_WRITE: Final = round(WRITE_INTERVAL_S / METER_INTERVAL_S)
 
 
 class Users:

@@ -42,7 +42,9 @@ MESSAGE_MAX_BYTES: Final = 4_096
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)  # which the parent handles
 
-ANSWER_TIMEOUT_S: Final = 1.0  # the worker stands still meanwhile; the parent needs a ten-thousandth of it
+# The worker stands still meanwhile. The parent needs a ten-thousandth of it, and with a replay file as long as a write
+# to it takes.
+ANSWER_TIMEOUT_S: Final = 1.0
 COUNT: Final = struct.Struct("@Q")
 
 
@@ -248,6 +250,7 @@ class ParentControl:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._is_stopping = False
         self._is_orphan = False
         self._on_stop: Callable[[int], None] = _ignore
         self._on_report: Callable[[], None] = _nothing
@@ -258,9 +261,8 @@ class ParentControl:
         self._on_report = on_report
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sock, self._on_message)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(signum, self._on_signal, signum)
-        loop.add_signal_handler(signal.SIGUSR1, on_report)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def ready(self, addresses: Sequence[str]) -> None:
@@ -286,6 +288,7 @@ class ParentControl:
         except OSError:
             message = b""
         if message.startswith(STOP):
+            self._is_stopping = True
             self._on_stop(message[-1])
         elif message == REPORT:
             self._on_report()
@@ -295,10 +298,15 @@ class ParentControl:
             log.warning("the parent process has ended")
             asyncio.get_running_loop().remove_reader(self._sock)
             self._is_orphan = True
-            self._on_stop(signal.SIGTERM)
+            if not self._is_stopping:  # what drains goes on: a second order would end it at once
+                self._on_stop(signal.SIGTERM)
 
     def _on_signal(self, signum: int) -> None:
-        if self._is_orphan:
+        if not self._is_orphan:
+            return
+        if signum == signal.SIGUSR1:
+            self._on_report()
+        else:
             self._on_stop(signum)
 
 

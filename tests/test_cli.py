@@ -295,10 +295,14 @@ def test_daemons_with_workers(
 ) -> None:
     class Fake:
         def __init__(self, settings: object, *, shared: object) -> None:
+            self.settings = settings
             self.shared = shared
 
-    def run(make: Callable[[object], Fake], **more: object) -> int:
-        assert make("shared").shared == "shared"
+    def run(prepare: Callable[[object], Callable[[object], Fake]], **more: object) -> int:
+        made = prepare([])("shared")
+        assert made.shared == "shared"
+        if isinstance(made.settings, InboundSettings):  # what the workers get has no name to look up
+            assert made.settings.fallback in (HostPort("127.0.0.1", 8080), HostPort("::1", 8080))
         expected = {"listen": [listen], "workers": 2, "name": f"reflex.{name}", "log_level": "info"}
         is_inbound = name == "inbound"
         replay_file = tmp_path / "replay.sqlite" if is_inbound else None
@@ -312,6 +316,7 @@ def test_daemons_with_workers(
     init(tmp_path)
     path = tmp_path / f"{name}.toml"
     text = path.read_text().replace("# workers = 1", "workers = 2")
+    text = text.replace('# fallback = "127.0.0.1:8080"', 'fallback = "localhost:8080"')
     path.write_text(text.replace("# Limits of its own", "max_tunnels = 5\n#"))
     assert main(["-c", str(path)]) == 7
 

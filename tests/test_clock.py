@@ -45,6 +45,7 @@ def test_a_date_is_found_in_each_of_its_forms(answer: bytes) -> None:
         b"HTTP/1.1 200 OK\r\nDate: \xff\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nDate: Fri, 99 Mar 2026 10:20:30 GMT\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nDate: Fri, 20 Mar 99999999999 10:20:30 GMT\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nDate: Wed, 31 Dec 1969 23:00:00 GMT\r\n\r\n",
     ],
 )
 def test_an_answer_without_a_valid_date_has_none(answer: bytes) -> None:

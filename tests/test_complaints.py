@@ -28,6 +28,15 @@ def test_the_first_is_written_and_the_next_after_the_interval() -> None:
     assert written == [-5.0, 5.0, 40.0, 50.0]
 
 
+def test_another_trouble_than_the_last_is_written_at_once() -> None:
+    clock = Clock()
+    complaints = Complaints(clock)
+    due = [complaints.is_due(about) for about in ("one", "one", "two", "two", "one")]
+    assert due == [True, False, True, False, True]
+    clock.now_s += 10
+    assert complaints.is_due("one")
+
+
 @given(st.lists(st.floats(0, 5), max_size=100))
 def test_never_more_than_one_in_an_interval_and_never_none_for_long(steps: list[float]) -> None:
     clock = Clock()

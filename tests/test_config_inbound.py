@@ -71,6 +71,13 @@ keepalive_s = 0
     assert loaded.tcp == TcpSettings(nodelay=False, keepalive_s=0)
 
 
+def test_a_fallback_that_is_listened_on_is_refused(tmp_path: Path) -> None:
+    text = INBOUND.replace('"0.0.0.0:8443"', '"0.0.0.0:8443", "127.0.0.1:8443"')
+    assert text != INBOUND
+    problem = inbound_problem(tmp_path, f'fallback = "127.0.0.1:8443"\n{text}')
+    assert problem == "fallback: the same as listen[1]; expected the address of a web server"
+
+
 # Limits of a user
 
 
@@ -119,6 +126,12 @@ def test_a_monthly_limit_needs_a_file(tmp_path: Path) -> None:
     assert problem == "usage_file: nothing; expected the path of a file, because alice has monthly_bytes"
     for text in ('usage_file = ""', 'usage_file = "a\\u0000b"', "usage_file = 1"):
         assert inbound_problem(tmp_path, f"{text}{INBOUND}monthly_bytes = 1").startswith("usage_file: the ")
+
+
+@pytest.mark.parametrize("again", ["usage.sqlite", "./usage.sqlite", "a/../usage.sqlite"])
+def test_usage_and_replays_do_not_share_a_file(tmp_path: Path, again: str) -> None:
+    problem = inbound_problem(tmp_path, f'usage_file = "usage.sqlite"\nreplay_file = "{again}"\n{INBOUND}')
+    assert problem == "replay_file: the same as usage_file; expected a file of its own"
 
 
 # Target rules

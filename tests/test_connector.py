@@ -184,7 +184,7 @@ async def test_who_waits_is_served_in_order_also_by_room_that_was_made_elsewhere
 
 
 @in_loop
-async def test_never_more_than_max_tunnels_and_who_finds_all_full_is_told() -> None:
+async def test_never_more_than_max_tunnels_and_who_finds_all_full_is_told(caplog: pytest.LogCaptureFixture) -> None:
     server = FakeServer()
     office = Office(server, max_tunnels=2, max_streams=1)
     waiters = office.ask(4)
@@ -193,9 +193,11 @@ async def test_never_more_than_max_tunnels_and_who_finds_all_full_is_told() -> N
     await server.answer()
     await server.answer()
     assert [len(waiter.tunnels) for waiter in waiters] == [1, 1, 0, 0]
-    assert waiters[3].errors == ["every tunnel is full: 2 of 1 streams each per server"]
+    assert waiters[3].errors == ["no tunnel has room: there are as many as there may be, 2 for each server"]
     assert office.ask(1)[0].errors == waiters[3].errors
     assert server.count == 2
+    (line,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert line == f"pool: {waiters[3].errors[0]}"
 
 
 @in_loop
@@ -228,8 +230,7 @@ async def test_where_the_first_server_fails_the_second_is_tried_and_all_reasons_
     await second.fail()
     assert waiter.errors == ["first: it is down; second: it is down"]
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "first: it is down",
-        "first: it is down",
+        "first: it is down",  # and not again so soon
         "second: it is down",
     ]
 
@@ -396,6 +397,7 @@ async def test_an_error_that_nobody_expects_is_logged_and_told(caplog: pytest.Lo
     await server.fail(ValueError("a bug"))
     assert waiter.errors == ["internal error: a bug"]
     assert "dialling failed unexpectedly" in caplog.text
+    assert server.not_before_s > 0, "as after every failure, the next attempt waits"
 
 
 @in_loop

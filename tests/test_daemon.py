@@ -232,7 +232,7 @@ class Fake:
         log.warning("aborted")
 
     def report(self):
-        log.warning("statistics")
+        log.info("statistics")
 
 
 sys.exit(run_daemon(Fake, name="reflex.fake", log_level=sys.argv[1]))
@@ -289,6 +289,19 @@ def test_process_reports_and_drains(
     code, rest = process.end()
     assert code == 0
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("level", ["debug", "warning", "error"])
+def test_a_report_that_was_asked_for_is_shown_at_every_log_level(processes: list[Process], level: str) -> None:
+    process = Process(level, "quick")
+    processes.append(process)
+    process.wait_for("ready: ")
+    process.popen.send_signal(signal.SIGUSR1)
+    process.wait_for("INFO reflex.fake: statistics")
+    process.popen.send_signal(signal.SIGTERM)
+    code, rest = process.end()
+    assert code == 0
+    assert ("stopped" in rest) == (level == "debug")  # and what was not is not
 
 
 @pytest.mark.parametrize("hangs", ["", "hangs"])

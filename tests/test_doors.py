@@ -15,7 +15,7 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.socks5 import Socks5Parser, reply
 from reflex.protocol.streams import Stream
-from reflex.protocol.wire import SESSION_WINDOW, STREAM_WINDOW, Code, Status
+from reflex.protocol.wire import INCREMENT, SESSION_WINDOW, STREAM_WINDOW, Code, FrameType, Status
 from tests.ends import REPLY_SIZE, End, socks_head, tcp_pair
 from tests.loops import POLL_S, in_loop, turns, until
 from tests.rig import Rig
@@ -187,6 +187,8 @@ def test_an_untouched_request_is_tried_on_other_tunnels_a_few_times(pools: Pools
         async with Rig(pools, is_client=True) as rig:
             door = Entrance(rig)
             await door.ask()
+            if code is Code.LIMIT:
+                rig.tunnel.settled.clear()  # more were opened than its server allows, as nobody could know
             for attempt in range(1, ATTEMPTS + 1):
                 assert door.connector.asked == attempt
                 rig.remote.session.reset(await door.give(), code)
@@ -200,15 +202,60 @@ def test_an_untouched_request_is_tried_on_other_tunnels_a_few_times(pools: Pools
     is_tried()
 
 
+@pytest.mark.parametrize("code", [Code.INTERNAL, Code.LIMIT])
+def test_a_reset_for_another_reason_is_final(pools: Pools, code: Code) -> None:
+    """A limit of a settled tunnel is the user's or the server's: it would be met again."""
+
+    @in_loop
+    async def is_final() -> None:
+        async with Rig(pools, is_client=True) as rig:
+            door = Entrance(rig)
+            await door.ask()
+            rig.remote.session.reset(await door.give(), code)
+            await rig.remote.flush()
+            assert await door.reply() == Status.GENERAL_FAILURE
+            assert door.connector.asked == 1
+
+    is_final()
+
+
 @in_loop
-async def test_a_reset_for_another_reason_is_final(pools: Pools) -> None:
+async def test_a_forward_that_has_credit_back_for_all_it_sent_is_not_tried_again(pools: Pools) -> None:
     async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig, target=TARGET)
+        theirs = await door.give()
+        await door.end.send(bytes(5_000))
+        await rig.remote.receive(theirs, 5_000)
+        rig.remote.session._encoder.write(FrameType.WINDOW, theirs.id, INCREMENT.pack(5_000))
+        rig.remote.session.reset(theirs, Code.CANCELLED)
+        await rig.remote.flush()
+        await door.end.expect_reset()
+        assert door.connector.asked == 1
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_who_asked_is_told_where_no_answer_to_the_open_comes(pools: Pools) -> None:
+    async with Rig(pools, is_client=True, idle_timeout_s=0.02) as rig:
         door = Entrance(rig)
         await door.ask()
-        rig.remote.session.reset(await door.give(), Code.INTERNAL)
+        theirs = await door.give()
+        assert (await rig.remote.see(EventKind.RESET, theirs.id)).number == Code.IDLE
+        assert await door.reply() == Status.TIMED_OUT
+        await door.end.expect_fin()
+        await until(lambda: door.ends == [door.visitor])
+
+
+@pytest.mark.usefixtures("quick_ticks")
+@in_loop
+async def test_once_it_is_answered_an_idle_stream_is_reset(pools: Pools) -> None:
+    async with Rig(pools, is_client=True, idle_timeout_s=0.02) as rig:
+        door = Entrance(rig)
+        await door.ask()
+        rig.remote.session.accept(await door.give())
         await rig.remote.flush()
-        assert await door.reply() == Status.GENERAL_FAILURE
-        assert door.connector.asked == 1
+        assert await door.reply() == Status.SUCCEEDED
+        await door.end.expect_reset()
 
 
 @pytest.mark.parametrize("sent", [b"x", b""], ids=["a byte", "fin"])

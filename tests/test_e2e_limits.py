@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 
 from bench.local import Process
-from reflex.usage import WRITE_INTERVAL_S
+from reflex.users import WRITE_INTERVAL_S
 from tests.conftest import require_program
 from tests.keys import Keys as RawKeys
 from tests.loops import in_loop

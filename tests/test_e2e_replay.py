@@ -97,7 +97,8 @@ def server(
 ) -> Iterator[Process]:
     own = {"replay_file": replay_file, "fallback": fallback}
     overrides = {**SILENT, "listen": [f"127.0.0.1:{port}"], "workers": workers, **own}
-    with start_inbound(directory, keys, overrides, prelude=prelude) as process:
+    # At debug each refusal is told; as a warning, one of each kind in a while.
+    with start_inbound(directory, keys, overrides, arguments=["--log-level", "debug"], prelude=prelude) as process:
         yield process
 
 

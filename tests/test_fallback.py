@@ -12,12 +12,12 @@ import pytest
 from reflex.complaints import Complaints
 from reflex.errors import DialError
 from reflex.net import fallback as fallback_module
-from reflex.net.fallback import READ_BYTES, Fallback
+from reflex.net.fallback import READ_BYTES, Fallback, end_idle
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
 from reflex.protocol.wire import Status
 from tests.ends import HOST, End, Origin, refusing_port, tcp_pair
-from tests.loops import in_loop, until
+from tests.loops import DEADLINE_S, in_loop, until
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 
@@ -415,3 +415,54 @@ async def test_a_side_that_is_not_read_is_only_looked_at() -> None:
         join.fallback._read_rest(side)
         await join.ended()
         join.fallback._read_rest(side)
+
+
+# At the end of the daemon.
+
+
+@in_loop
+async def test_at_the_end_those_are_ended_over_which_nothing_moves_once_nothing_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fallback_module, "IDLE_S", 0.02)
+    ended = asyncio.Event()
+    with Origin() as web, joined(web.address) as idle, joined(web.address) as busy:
+        looks_after: list[int] = []
+
+        def fallbacks() -> list[Fallback]:
+            if idle.fallback.ended:
+                looks_after.append(0)
+            if len(looks_after) < 5:
+                busy.fallback.moved_bytes += 1
+            if busy.fallback.ended:
+                ended.set()
+            return [join.fallback for join in (idle, busy) if not join.fallback.ended]
+
+        async with asyncio.timeout(DEADLINE_S):
+            await end_idle(fallbacks, ended)
+        assert len(looks_after) > 5
+        for join in (idle, busy):
+            await join.client.expect_fin()
+            await join.ended()
+
+
+@in_loop
+async def test_what_moves_is_counted_and_what_waits_is_lost_with_a_reset() -> None:
+    with Origin(receive_buffer_bytes=SMALL_BUFFERS) as web, joined(web.address) as join:
+        server = await web.accept()
+        await server.send(b"four")
+        assert await join.client.receive(4) == b"four"
+        assert join.fallback.moved_bytes == 8  # in and out
+        while not (join.fallback._server and join.fallback._server.backlog.size_bytes):
+            join.client.fill()
+            await asyncio.sleep(0)
+        join.fallback.end_idle()
+        await join.client.expect_reset()
+        await join.ended()
+
+
+@in_loop
+async def test_one_that_is_not_connected_yet_is_idle(far_away: None) -> None:
+    with Origin() as web, joined(web.address) as join:
+        join.fallback.end_idle()
+        await join.client.expect_fin()

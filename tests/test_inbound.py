@@ -29,6 +29,7 @@ from tests.ends import HOST, NO_SUCH_NAME, Origin, connect, refusing_port, silen
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import Pair, inbound_settings, port_of, running_inbound, statistics
+from tests.processes import free_port
 from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
@@ -136,6 +137,26 @@ async def test_a_fallback_that_is_a_name_is_resolved_at_the_start() -> None:
         object.__setattr__(settings, "fallback", HostPort(NO_SUCH_NAME, 80))
         with pytest.raises(StartError, match=f"fallback: cannot resolve {NO_SUCH_NAME}"):
             await Inbound(settings).start()
+
+
+@in_loop
+async def test_a_fallback_that_is_the_server_itself_prevents_the_start_and_nothing_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[socket.socket] = []
+
+    def open_listening(host: str, port: int) -> socket.socket:
+        opened.append(listener_module.open_listening(host, port))
+        return opened[-1]
+
+    monkeypatch.setattr(inbound_module, "open_listening", open_listening)
+    port = free_port()
+    everywhere = [HostPort(HOST, 0), HostPort("0.0.0.0", port)]
+    inbound = Inbound(inbound_settings(Keys.generate(), listen=everywhere, fallback=port))
+    with pytest.raises(StartError, match=rf"^fallback: 127\.0\.0\.1:{port} is this server itself$"):
+        await inbound.start()
+    assert [sock.fileno() for sock in opened] == [-1, -1]
+    assert inbound._listeners == []
 
 
 @in_loop

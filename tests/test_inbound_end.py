@@ -11,6 +11,7 @@ import pytest
 
 from reflex.config import InboundLimits
 from reflex.inbound import Inbound
+from reflex.net import fallback as fallback_module
 from reflex.protocol.events import EventKind
 from reflex.protocol.wire import STREAM_WINDOW, Code
 from tests.ends import Origin, connect
@@ -91,7 +92,28 @@ async def test_what_is_left_after_the_drain_time_is_reset(caplog: pytest.LogCapt
             async with asyncio.timeout(DEADLINE_S):
                 await task
             remote.session.close_buffers()
-    assert "1 tunnels still had streams after 0.05 s: reset" in caplog.text
+    line = "1 tunnels, 1 connections to targets and 1 to the web server had not ended after 0.05 s: reset"
+    assert line in caplog.text
+
+
+@in_loop
+async def test_draining_does_not_wait_for_idle_browsers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(fallback_module, "IDLE_S", 0.02)
+    with Origin() as web:
+        settings = inbound_settings(Keys.generate(), fallback=web.port)
+        async with running_inbound(settings) as (inbound, port):
+            with await connect(port) as browser:
+                await browser.send(b"GET /")
+                server = await web.accept()
+                assert await server.receive(5) == b"GET /"
+                async with asyncio.timeout(DEADLINE_S):
+                    await inbound.drain()
+                await browser.expect_fin()
+                await server.expect_fin()
+    assert "had not ended" not in caplog.text
 
 
 @in_loop

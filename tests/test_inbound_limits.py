@@ -92,13 +92,13 @@ async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_close
         for remote in remotes:
             await remote.write(0x7F)  # an unknown type, which is fatal
         await until(lambda: not inbound._tunnels)
-        assert inbound._own_connections() == 2
+        assert inbound._room.own == 2
         with await connect(port) as third:
             await third.expect_fin()
         for remote in remotes:
             remote.end.close()
             remote.session.close_buffers()
-        await until(lambda: inbound._own_connections() == 0)
+        await until(lambda: inbound._room.own == 0)
         (await raw_client(port, keys)).leave()
 
 

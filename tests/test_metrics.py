@@ -1,15 +1,13 @@
-"""reflex.metrics: the same figures as JSON and as Prometheus text."""
+"""reflex.metrics: every figure, as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 
-from reflex.metrics import Counters, prometheus_text, statistics_json
+from reflex.metrics import Counters, statistics_json
 from reflex.pool import BufferPool, PoolStatistics
 
-SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{pool="([^"\\\n]*)"\})? (\S+)')
 GAUGES = {"connections": 3, "tunnels": 1}
 
 
@@ -27,26 +25,6 @@ def two_pools() -> dict[str, PoolStatistics]:
     for buffer in [used.acquire(), used.acquire()]:
         used.release(buffer)
     return {"client_hello": used.statistics(), "2048": BufferPool(2_048, 1).statistics()}
-
-
-def families(text: str) -> dict[str, tuple[str, dict[str | None, float]]]:
-    """A reader of the text format: kind and samples by name; every sample belongs to the TYPE line above it."""
-    read: dict[str, tuple[str, dict[str | None, float]]] = {}
-    name = ""
-    assert text.endswith("\n")
-    for line in text.splitlines():
-        if line.startswith("#"):
-            _, word, name, kind = line.split(" ")
-            assert word == "TYPE"
-            assert name not in read
-            read[name] = (kind, {})
-            continue
-        match = SAMPLE.fullmatch(line)
-        assert match
-        assert match[1] == name
-        assert match[2] not in read[name][1]
-        read[name][1][match[2]] = float(match[3])
-    return read
 
 
 def test_counters_start_at_nothing() -> None:
@@ -71,29 +49,3 @@ def test_json_is_one_line_that_holds_every_figure() -> None:
         "pools": {name: dataclasses.asdict(figures) for name, figures in pools.items()},
         "gauges": GAUGES,
     }
-
-
-def test_prometheus_text_holds_every_figure_once_below_its_type() -> None:
-    pools = two_pools()
-    expected: dict[str, tuple[str, dict[str | None, float]]] = {}
-    for name, value in counters().as_dict().items():
-        expected[f"reflex_{name}_total"] = ("counter", {None: value})
-    for name, value in GAUGES.items():
-        expected[f"reflex_{name}"] = ("gauge", {None: value})
-    for field in dataclasses.fields(PoolStatistics):
-        values: dict[str | None, float] = {name: getattr(figures, field.name) for name, figures in pools.items()}
-        expected[f"reflex_pool_{field.name}"] = ("gauge", values)
-    assert families(prometheus_text(counters(), pools, GAUGES)) == expected
-
-
-def test_a_known_prometheus_text() -> None:
-    text = prometheus_text(Counters(fallbacks=7), {}, {"tunnels": 2})
-    assert "# TYPE reflex_fallbacks_total counter\nreflex_fallbacks_total 7\n" in text
-    assert text.endswith("# TYPE reflex_tunnels gauge\nreflex_tunnels 2\n")
-
-
-def test_without_pools_and_gauges_there_are_only_counters() -> None:
-    read = families(prometheus_text(Counters(), {}, {}))
-    assert {kind for kind, _ in read.values()} == {"counter"}
-    assert len(read) == len(dataclasses.fields(Counters))
-    assert json.loads(statistics_json(Counters(), {}, {}))["pools"] == {}

@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from reflex.config import OutboundLimits
-from tests.ends import Origin, connect, silent_port, socks_head
+from reflex.protocol.wire import Status
+from tests.ends import REPLY_SIZE, Origin, connect, silent_port, socks_head
 from tests.keys import Keys
 from tests.loops import DEADLINE_S, in_loop, until
 from tests.pair import Pair, outbound_settings, running_outbound, server_settings, statistics
@@ -81,6 +82,9 @@ async def test_draining_ends_what_only_waits_for_a_tunnel() -> None:
             async with asyncio.timeout(DEADLINE_S):
                 await outbound.drain()
             assert not outbound._connector._waiting
+            answer = await end.receive(2 + REPLY_SIZE)
+            assert answer[3] == Status.GENERAL_FAILURE
+            await end.expect_fin()
             end.close()
 
 

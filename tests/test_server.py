@@ -236,6 +236,65 @@ async def test_a_date_that_does_not_help_is_forgotten(pools: Pools) -> None:
         await task
 
 
+@pytest.mark.parametrize("learnt_s", [1000, -1000])
+def test_a_time_that_was_learnt_and_holds_no_longer_gives_way_to_a_date(pools: Pools, learnt_s: int) -> None:
+    """The server's clock was wrong and was set: this machine's is right, and what it learnt is not."""
+
+    @in_loop
+    async def gives_way() -> None:
+        with Origin() as origin:
+            plays = (hangs_up, tells_date(0), accepts_at(0), accepts_at(0))
+            task = asyncio.create_task(played(origin, *plays))
+            server = make_server(origin.address, pools)
+            server.learn_time(int(time.time() + learnt_s) * 1000)
+            for _ in range(2):
+                sock, _ = await server.connect()
+                sock.close()
+            await task
+
+    gives_way()
+
+
+@in_loop
+async def test_a_time_that_was_learnt_and_agrees_with_the_date_is_not_to_blame(pools: Pools) -> None:
+    with Origin() as origin:
+        task = asyncio.create_task(played(origin, hangs_up, tells_date(3600)))
+        server = make_server(origin.address, pools)
+        server.learn_time(int(time.time() + 3601) * 1000)
+        with pytest.raises(TunnelError, match="nor with the time corrected, so the server's public key"):
+            await server.connect()
+        await task
+        assert server._learnt_shift_s in (3600, 3601)
+
+
+@pytest.mark.parametrize("second", [hangs_up, None], ids=["refused", "not reached"])
+def test_what_was_learnt_is_kept_where_a_date_does_not_help(pools: Pools, second: Play | None) -> None:
+    """As where another web server than the server's answers, in a network that wants a login first."""
+
+    @in_loop
+    async def is_kept() -> None:
+        with Origin() as origin:
+            plays = [hangs_up, tells_date(0)] + ([second] if second else [])
+            task = asyncio.create_task(played(origin, *plays))
+            server = make_server(origin.address, pools)
+            server.learn_time(int(time.time() + 3600) * 1000)
+            if second is None:
+                tell = server._shift_by_date
+
+                async def then_gone() -> int | None:
+                    shift_s = await tell()
+                    server.address = Address.of(HOST, gone)
+                    return shift_s
+
+                server._shift_by_date = then_gone  # type: ignore[method-assign]
+            with refusing_port() as gone, pytest.raises(TunnelError):
+                await server.connect()
+            await task
+            assert server._learnt_shift_s in (3599, 3600)
+
+    is_kept()
+
+
 @in_loop
 async def test_a_date_that_is_off_by_more_than_a_day_is_not_followed(pools: Pools) -> None:
     text = await failure(pools, hangs_up, tells_date(3 * MAX_CLOCK_SHIFT_S))

@@ -7,11 +7,22 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from typing import NoReturn
 
 import pytest
 
-from reflex.slots import END, Slot, close_all, receive, send
+from reflex.slots import (
+    END,
+    MAX_DELAY_S,
+    STEADY_S,
+    Slot,
+    close_all,
+    how_it_ended,
+    receive,
+    replacement_delay_s,
+    send,
+)
 from reflex.worker import MESSAGE_MAX_BYTES, SIGNALS
 
 
@@ -73,14 +84,32 @@ def test_where_there_is_no_room_for_a_process_there_is_nobody(monkeypatch: pytes
     close_all(slot.take_channels())
 
 
-def test_a_killed_worker_is_gone_at_once() -> None:
+def test_killing_a_worker_waits_for_nobody() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         slot = Slot(1, [], pid=process.pid)
         slot.kill()
-        assert slot.pid == 0
-        with pytest.raises(ChildProcessError):
-            os.waitpid(process.pid, os.WNOHANG)  # it was waited for
+        assert slot.pid == process.pid  # until it is reaped
+        assert process.wait() == -signal.SIGKILL
+        slot.pid = 0
         slot.kill()  # nobody is there
+
+
+def test_who_dies_early_again_and_again_is_replaced_later_and_later() -> None:
+    slot = Slot(1, [], started_s=time.monotonic())
+    assert [slot.delay_replacement() for _ in range(3)] == [0, 0.2, 0.4]
+    assert slot.not_before_s > time.monotonic()
+    slot.started_s -= STEADY_S
+    assert [slot.delay_replacement(), slot.early_deaths] == [0, 0]
+
+
+def test_replacement_delays_grow() -> None:
+    delays = [replacement_delay_s(deaths) for deaths in (0, 1, 2, 3, 4, 1000)]
+    assert delays == [0, 0, 0.2, 0.4, 0.8, MAX_DELAY_S]
+
+
+def test_every_end_has_a_text() -> None:
+    texts = [how_it_ended(code) for code in (3, -signal.SIGSEGV, -(signal.SIGRTMIN + 1))]
+    assert texts == ["ended with code 3", "was ended by SIGSEGV", f"was ended by signal {signal.SIGRTMIN + 1}"]
 
 
 def test_what_is_not_there_is_not_waited_for() -> None:

@@ -25,11 +25,13 @@ from bench.local import Process
 from reflex import supervisor
 from reflex.net.listener import open_listening, open_shared
 from reflex.protocol.wire import SERVER_HELLO_SIZE
-from reflex.supervisor import MAX_DELAY_S, replacement_delay_s
+from reflex.usage import LAST_WRITE_S
 from tests.processes import (
+    HELLO,
     EchoServer,
     Keys,
     Origin,
+    free_port,
     hello_bytes,
     make_pair,
     receive_exactly,
@@ -46,14 +48,8 @@ def keys() -> Keys:
     return Keys.generate()
 
 
-def test_replacement_delays_grow() -> None:
-    delays = [replacement_delay_s(deaths) for deaths in (0, 1, 2, 3, 4, 1000)]
-    assert delays == [0, 0, 0.2, 0.4, 0.8, MAX_DELAY_S]
-
-
-def test_every_end_has_a_text() -> None:
-    texts = [supervisor._how_it_ended(code) for code in (3, -signal.SIGSEGV, -(signal.SIGRTMIN + 1))]
-    assert texts == ["ended with code 3", "was ended by SIGSEGV", f"was ended by signal {signal.SIGRTMIN + 1}"]
+def test_who_ends_at_once_may_finish_its_last_write() -> None:
+    assert supervisor.KILL_AFTER_S > LAST_WRITE_S
 
 
 def test_a_machine_without_room_for_processes(
@@ -123,7 +119,8 @@ def echo_port() -> Iterator[int]:
 
 def test_a_hello_replayed_to_another_worker_is_refused(tmp_path: Path, keys: Keys) -> None:
     attempts = 20  # as many failures as one address may have at once
-    with start_inbound(tmp_path, keys, {"workers": 2}) as inbound:
+    # Of refusals that come one after the other only some are told of above debug.
+    with start_inbound(tmp_path, keys, {"workers": 2}, arguments=["--log-level", "debug"]) as inbound:
         ((_, port),) = inbound.wait_ready()
         hello = hello_bytes(keys)
         sockets = []
@@ -214,6 +211,35 @@ def test_a_worker_that_does_not_answer_is_replaced_and_who_does_is_left_alone(
         assert other in children(outbound)
         for _ in range(20):
             echo(socks_port, echo_port)
+
+
+STUCK_ONCE_REPLACED = """
+import os, time
+import reflex.supervisor
+from reflex.inbound import Inbound
+reflex.supervisor.LOOK_INTERVAL_S = 0.3
+start, parent, forks, fork = Inbound.start, os.getpid(), [], os.fork
+
+def count():
+    forks.append(0)
+    return fork()
+
+async def stuck(self):
+    while len(forks) == 3:
+        time.sleep(60)
+    return await start(self)
+
+os.fork, Inbound.start = count, stuck
+"""
+
+
+def test_a_replacement_that_does_not_become_ready_is_replaced(tmp_path: Path, keys: Keys) -> None:
+    with start_inbound(tmp_path, keys, {"workers": 2}, prelude=STUCK_ONCE_REPLACED) as inbound:
+        inbound.wait_ready()
+        os.kill(children(inbound)[0], signal.SIGKILL)
+        stuck = inbound.wait_for_line(r"worker (\d) \(process \d+\) does not become ready: killed").group(1)
+        inbound.wait_for_line(rf"worker {stuck} is ready again")
+        assert len(children(inbound)) == 2
 
 
 def test_when_all_were_stopped_for_a_while_none_is_taken_for_dead(tmp_path: Path, keys: Keys, echo_port: int) -> None:
@@ -403,6 +429,27 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path, echo_port: int) -> Non
         assert not any(is_alive(pid) for pid in pids)
 
 
+def test_a_worker_that_died_just_before_the_stop_is_replaced_for_those_in_its_queue(
+    tmp_path: Path, echo_port: int
+) -> None:
+    """Its end and the order come in the same wake-up."""
+    with make_pair(tmp_path, outbound={"workers": 2}) as pair:
+        victims = children(pair.outbound)
+        for pid in (*victims, pair.outbound.pid):
+            os.kill(pid, signal.SIGSTOP)
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            done = [pool.submit(echo, pair.socks_port, echo_port) for _ in range(20)]
+            until(lambda: queued(pair.socks_port) == 20)
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: not any(is_alive(pid) for pid in victims))
+            pair.outbound.send_signal(signal.SIGTERM)
+            pair.outbound.send_signal(signal.SIGCONT)
+            for each in done:
+                each.result(TIMEOUT_S)
+        assert pair.outbound.wait() == 0
+
+
 def test_signals_to_workers_are_not_orders(tmp_path: Path, echo_port: int) -> None:
     """A terminal and a service manager signal every process of the daemon."""
     with make_pair(tmp_path, outbound={"workers": 2}) as pair:
@@ -423,6 +470,39 @@ def test_workers_end_with_their_parent(tmp_path: Path, echo_port: int) -> None:
         os.kill(pair.outbound.pid, signal.SIGKILL)
         until(lambda: not any(is_alive(pid) for pid in pids))
         assert sum("the parent process has ended" in line for line in pair.outbound.lines) == 2
+
+
+def test_a_parent_that_is_killed_while_its_workers_drain_cuts_no_stream(tmp_path: Path, echo_port: int) -> None:
+    with make_pair(tmp_path, outbound={"workers": 2}) as pair:
+        pids = children(pair.outbound)
+        socks = [socks_connect(pair.socks_port, "127.0.0.1", echo_port) for _ in range(20)]
+        pair.outbound.send_signal(signal.SIGTERM)
+        for number in (1, 2):
+            pair.outbound.wait_for_line(f"worker {number}: SIGTERM: draining")
+        os.kill(pair.outbound.pid, signal.SIGKILL)
+        until(lambda: sum("the parent process has ended" in line for line in pair.outbound.lines) == 2)
+        for sock in socks:
+            with sock:
+                sock.sendall(b"still here")
+                assert receive_exactly(sock, 10) == b"still here"
+        until(lambda: not any(is_alive(pid) for pid in pids))
+        assert sum(line.endswith(": stopped") for line in pair.outbound.lines) == 2
+
+
+def test_a_report_that_the_whole_group_is_asked_for_comes_once_from_each_worker_at_every_level(
+    tmp_path: Path, keys: Keys
+) -> None:
+    with start_inbound(tmp_path, keys, {"workers": 2}, arguments=["--log-level", "error"]) as inbound:
+        inbound.wait_ready()
+        for pid in (*children(inbound), inbound.pid):
+            os.kill(pid, signal.SIGUSR1)
+        for number in (1, 2):
+            inbound.wait_for_line(f"worker {number}: statistics: ")
+        statistics(inbound, workers=2)  # asked for once more, so that what came before has come
+        assert inbound.stop() == 0
+        reports = [line for line in inbound.lines if "statistics: " in line]
+        assert len(reports) == 4
+        assert all(" INFO reflex.inbound: worker " in line for line in reports)
 
 
 def test_an_orphan_that_drains_ends_on_a_signal(tmp_path: Path, echo_port: int) -> None:
@@ -469,6 +549,47 @@ def test_what_no_worker_can_start_with_ends_the_daemon(tmp_path: Path, keys: Key
         assert line.endswith(
             "ERROR reflex.inbound: cannot start: fallback: cannot resolve nowhere.invalid: it has none here"
         )
+
+
+def test_a_fallback_that_is_the_server_itself_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:
+    port = free_port()
+    settings = {"workers": 2, "listen": [f"0.0.0.0:{port}"], "fallback": f"127.0.0.1:{port}"}
+    with start_inbound(tmp_path, keys, settings) as inbound:
+        assert inbound.wait() == 2
+        (line,) = inbound.lines
+        assert line.endswith(f"cannot start: fallback: 127.0.0.1:{port} is this server itself")
+
+
+KNOWN_ONCE = """
+import socket
+real, asked = socket.getaddrinfo, []
+
+def getaddrinfo(host, *more, **others):
+    if host != "web.example":
+        return real(host, *more, **others)
+    asked.append(host)
+    if len(asked) > 1:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return real("127.0.0.1", *more, **others)
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_a_fallbacks_name_is_looked_up_once_for_all_workers_and_replacements(tmp_path: Path, keys: Keys) -> None:
+    with Origin() as origin:
+        overrides = {"workers": 2, "fallback": f"web.example:{origin.port}"}
+        with start_inbound(tmp_path, keys, overrides, prelude=KNOWN_ONCE) as inbound:
+            ((_, port),) = inbound.wait_ready()
+            for victim in children(inbound):
+                seen = len(inbound.lines)
+                os.kill(victim, signal.SIGKILL)
+                inbound.wait_for_line(r"worker \d is ready again", since=seen)
+            for _ in range(20):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+                connection.request("GET", "/hello")
+                assert connection.getresponse().read() == HELLO
+                connection.close()
 
 
 def test_an_unexpected_end_while_starting_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from reflex import usage as usage_module
 from reflex.errors import StartError
-from reflex.usage import MonthlyUsage, UsageFile
+from reflex.usage import Amounts, MonthlyUsage, UsageFile
 from tests.loops import in_loop, until
 
 ALICE: Final = "b831381d-6324-4d53-ad4f-8cda48b30811"
@@ -225,8 +225,73 @@ def test_a_last_write_that_cannot_be_made_is_told(
     other.execute("BEGIN IMMEDIATE")
     usage.count(ALICE, 100)
     usage.close_now()
-    assert "cannot write the usage file" in caplog.text
+    assert caplog.messages == [
+        f"cannot write the usage file {path}: TimeoutError; up to 100 bytes of what users have used are lost"
+    ]
     other.execute("COMMIT")
     other.close()
     usage._thread.shutdown()  # it was only late
     assert rows(path) == [(ALICE, "2026-11", "alice", 100)]
+
+
+@pytest.mark.parametrize("has_complained", [False, True])
+def test_an_orderly_end_whose_last_write_fails_says_what_is_lost(
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    has_complained: bool,
+) -> None:
+    path = tmp_path / "usage.sqlite"
+    monkeypatch.setattr(usage_module, "BUSY_TIMEOUT_S", 0.01)
+
+    @in_loop
+    async def run() -> None:
+        usage = MonthlyUsage(path, NAMES, clock=clock)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        usage.count(ALICE, 100)
+        if has_complained:
+            usage.write()
+        usage.count(BOB, 5)
+        await usage.close()
+        other.close()
+
+    run()
+    assert caplog.messages[int(has_complained) :] == [
+        f"cannot write the usage file {path}: database is locked; up to 105 bytes of what users have used are lost"
+    ]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_at_an_end_at_once_the_amounts_of_a_write_under_way_are_added_if_it_fails_and_only_then(
+    tmp_path: Path, clock: Clock, *, fails: bool
+) -> None:
+    path = tmp_path / "usage.sqlite"
+    begun, go_on = threading.Event(), threading.Event()
+
+    @in_loop
+    async def run() -> None:
+        usage = MonthlyUsage(path, NAMES, clock=clock)
+        add = usage._file.add
+
+        def add_late(amounts: Amounts, month: str) -> dict[str, int]:
+            usage._file.add = add  # type: ignore[method-assign]
+            begun.set()
+            go_on.wait()
+            if fails:
+                raise sqlite3.OperationalError("disk I/O error")
+            return add(amounts, month)
+
+        usage._file.add = add_late  # type: ignore[method-assign]
+        usage.count(ALICE, 100)
+        usage.write()
+        await until(begun.is_set)
+        usage.count(ALICE, 1)
+        threading.Timer(0.01, go_on.set).start()
+        usage.close_now()
+        await until(lambda: not usage._in_writing)
+
+    run()
+    assert rows(path) == [(ALICE, "2026-11", "alice", 101)]

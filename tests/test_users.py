@@ -18,8 +18,8 @@ from reflex.errors import StartError
 from reflex.inbound import Inbound
 from reflex.net.listener import open_listening
 from reflex.protocol.window import Budget
-from reflex.usage import WRITE_INTERVAL_S, UsageFile
-from reflex.users import METER_INTERVAL_S, METERS_PER_WRITE, Users
+from reflex.usage import UsageFile
+from reflex.users import Users
 from reflex.worker import SharedMemory, UserField, WorkerContext
 from tests.ends import HOST
 from tests.keys import Keys
@@ -118,10 +118,6 @@ async def test_a_worker_that_counts_nothing_reads_what_the_others_wrote_while_it
         assert idle._usage.used(user_id) == 0
         await idle.close()
         await busy.close()
-
-
-def test_it_is_written_in_the_interval_that_is_documented() -> None:
-    assert METER_INTERVAL_S * METERS_PER_WRITE == WRITE_INTERVAL_S
 
 
 @in_loop

@@ -32,6 +32,7 @@ from reflex.worker import (
     UserField,
     UserTable,
 )
+from tests.loops import until
 
 USER = bytes(range(100, 116))
 
@@ -182,27 +183,47 @@ def test_a_worker_obeys_its_parent_and_signals_only_when_that_has_ended() -> Non
         loop = asyncio.get_running_loop()
         control = ParentControl(workers)
         control.attach(orders.put_nowait, lambda: orders.put_nowait(0))
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert await orders.get() == 0
+        for signum in (signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), signum)
         parents.send(b"what an older worker does not know")
         parents.send(REPORT)
         assert await orders.get() == 0
         parents.send(ASK)
         assert await loop.run_in_executor(None, parents.recv, MESSAGE_MAX_BYTES) == ALIVE
-        parents.send(STOP + bytes((signal.SIGINT,)))
-        assert await orders.get() == signal.SIGINT
         control.ready(["127.0.0.1:1"])
         control.failed("é" * MESSAGE_MAX_BYTES)
         assert parents.recv(MESSAGE_MAX_BYTES) == READY
         text = parents.recv(MESSAGE_MAX_BYTES + 1)
         assert text.startswith(FAILED)
         assert len(text) == MESSAGE_MAX_BYTES
+        assert orders.empty()
         parents.close()
         assert await orders.get() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert await orders.get() == 0
         os.kill(os.getpid(), signal.SIGINT)
         assert await orders.get() == signal.SIGINT
         assert orders.empty()
+
+    with workers:
+        asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.usefixtures("signals_are_put_back")
+def test_the_parents_end_is_no_second_order_to_a_worker_that_drains(caplog: pytest.LogCaptureFixture) -> None:
+    parents, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    orders: asyncio.Queue[int] = asyncio.Queue()
+
+    async def run() -> None:
+        ParentControl(workers).attach(orders.put_nowait, lambda: orders.put_nowait(0))
+        parents.send(STOP + bytes((signal.SIGINT,)))
+        assert await orders.get() == signal.SIGINT
+        parents.close()
+        await until(lambda: caplog.records)
+        assert caplog.messages == ["the parent process has ended"]
+        assert orders.empty()
+        os.kill(os.getpid(), signal.SIGTERM)  # this one is
+        assert await orders.get() == signal.SIGTERM
 
     with workers:
         asyncio.run(asyncio.wait_for(run(), 10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path
 from typing import Final
 
@@ -119,9 +120,15 @@ def read_inbound(document: Document) -> InboundSettings:
     refuse_repeated_listen(document, listen)
     private_key = root.secret_key("private_key", file_key="private_key_file")
     fallback = root.text("fallback", HostPort.parse, expected=EXPECTED_ADDRESS)
+    for place, address in listen:
+        if address == fallback:
+            root.problem("fallback", f"the same as {place}", "the address of a web server")
+            break
     workers = read_workers(root)
     usage_file = root.file_path("usage_file")
     replay_file = root.file_path("replay_file")
+    if usage_file is not None and replay_file is not None and normpath(usage_file) == normpath(replay_file):
+        root.problem("replay_file", "the same as usage_file", "a file of its own")
     users = _users(root)
     if "usage_file" not in root and (counted := [user for user in users if user.monthly_bytes is not None]):
         root.problem("usage_file", "nothing", f"the path of a file, because {counted[0].name} has monthly_bytes")

@@ -53,9 +53,10 @@ def parse_date(answer: bytes) -> int | None:
         name, _, value = line.partition(b":")
         if name.strip().lower() == b"date":
             try:
-                return int(parsedate_to_datetime(value.strip().decode("ascii")).timestamp())
+                date_s = int(parsedate_to_datetime(value.strip().decode("ascii")).timestamp())
             except (ValueError, OverflowError):
                 return None
+            return date_s if date_s >= 0 else None
     return None
 
 

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, Protocol
 
+from reflex.complaints import Complaints
 from reflex.errors import TunnelError
 from reflex.net.server import Server
 from reflex.net.tunnel import Tunnel
@@ -35,6 +36,7 @@ OF_NO_USE: Final = "the tunnel ended, or took no streams, right after the handsh
 FRESH_DIAL_S: Final = 2.5
 PATIENCE_S: Final = 20.0
 SPARE_PAUSE_S: Final = 600.0  # where a server did not take one more
+COMPLAINT_INTERVAL_S: Final = 60.0  # between two warnings about the same trouble with the same server
 
 
 class Waiter(Protocol):
@@ -84,6 +86,7 @@ class Connector:
         self._waiting: OrderedDict[Waiter, float] = OrderedDict()  # and since when
         self._dials: dict[asyncio.Task[None], float] = {}  # and when it begins to connect
         self._no_spare_before_s = 0.0
+        self._complaints: dict[str, Complaints] = {}  # by what they are about: a server's address, or room
         self._is_closed = False
 
     def request(self, waiter: Waiter) -> None:
@@ -165,10 +168,10 @@ class Connector:
                 break
             self._start_dial(candidates)
             fresh += 1
-        if not self._dials:
-            self._fail_waiting(
-                TunnelError(f"every tunnel is full: {self._max_tunnels} of {self._max_streams} streams each per server")
-            )
+        if not self._dials and self._waiting:
+            reason = f"no tunnel has room: there are as many as there may be, {self._max_tunnels} for each server"
+            self._warn("pool", reason)
+            self._fail_waiting(TunnelError(reason))
 
     def _candidates(self) -> list[Server]:
         """Servers to which one more tunnel may be dialled, in the order in which to try them."""
@@ -189,9 +192,12 @@ class Connector:
                 sock, secrets = await server.connect()
             except TunnelError as error:
                 server.failed(self._loop.time())
-                log.warning("%s: %s", server.address, error)
+                self._warn(str(server.address), str(error))
                 reasons.append(f"{server.address}: {error}")
                 continue
+            except Exception:
+                server.failed(self._loop.time())  # nor may a mistake of ours be made again without a pause
+                raise
             tunnel = self._make_tunnel(server, sock, secrets)
             if self._wait_settled is not None:
                 await self._wait_settled(tunnel)
@@ -201,7 +207,7 @@ class Connector:
                 if is_spare:
                     self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
                 reason = _why_of_no_use(tunnel)
-                log.warning("%s: %s", server.address, reason)
+                self._warn(str(server.address), reason)
                 reasons.append(f"{server.address}: {reason}")
                 continue
             server.succeeded()
@@ -209,6 +215,12 @@ class Connector:
             return
         if not (is_probe or is_spare):  # nobody waits for those; who came meanwhile gets a dial of its own
             self._dial_failed(asyncio.current_task(), TunnelError("; ".join(reasons)))
+
+    def _warn(self, whose: str, text: str) -> None:
+        """Log a trouble as a warning when it is new and now and then, else at debug: who waits asks often."""
+        complaints = self._complaints.setdefault(whose, Complaints(self._loop.time, interval_s=COMPLAINT_INTERVAL_S))
+        is_due = complaints.is_due(text.partition(";")[0])  # what follows may tell the time
+        log.log(logging.WARNING if is_due else logging.DEBUG, "%s: %s", whose, text)
 
     def _dial_failed(self, task: asyncio.Task[None] | None, error: TunnelError) -> None:
         """Who waits fails with it; where other dials have begun to connect, only who has waited for too long."""

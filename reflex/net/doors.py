@@ -28,7 +28,8 @@ from reflex.protocol.wire import STREAM_WINDOW, Code, Status
 log = logging.getLogger(__name__)
 
 CONVERSATION_READ_BYTES = 2_048
-# The tunnel was cut, its server ends, or it allows fewer streams than were opened before its SETTINGS came.
+# The tunnel was cut, its server ends, or it allows fewer streams than were opened before its SETTINGS came;
+# LIMIT after them speaks of the user or of the server's memory, and comes again on every tunnel.
 RETRIED = (Code.CANCELLED, Code.SHUTTING_DOWN, Code.LIMIT)
 ATTEMPTS = 3  # tunnels that a request may try, as long as none of its bytes can have been delivered
 
@@ -56,13 +57,14 @@ class Door:
 class Visitor:
     """One accepted local connection, from its first byte to its last."""
 
-    __slots__ = ("_attempts", "_door", "_parser", "_relay", "_sock", "_target", "_timer", "ended")
+    __slots__ = ("_attempts", "_door", "_parser", "_relay", "_sock", "_target", "_timer", "_was_settled", "ended")
 
     def __init__(self, door: Door, sock: socket.socket) -> None:
         self._door = door
         self._sock = sock
         self._relay: DoorRelay | None = None
         self._attempts = 0
+        self._was_settled = False  # the tunnel of the last attempt had its server's SETTINGS
         self._parser: Socks5Parser | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._target = door.target
@@ -131,6 +133,7 @@ class Visitor:
         door = self._door
         stream = tunnel.session.open(self._target)
         tunnel.flush_soon()
+        self._was_settled = tunnel.settled.is_set()
         door.counters.streams_opened += 1
         if door.target is None or self._attempts > 1:
             set_reset_on_close(self._sock)  # a forward's is from the start; until the last try has failed
@@ -172,7 +175,8 @@ class Visitor:
     def lost(self, code: int, *, is_untouched: bool) -> None:
         """The stream was reset before the target was connected: try another tunnel where nothing was sent."""
         self._relay = None
-        if is_untouched and self.may_try_again and code in RETRIED:
+        is_final = code not in RETRIED or (code == Code.LIMIT and self._was_settled)
+        if is_untouched and self.may_try_again and not is_final:
             self._request_tunnel()
         else:
             self._refuse(Status.GENERAL_FAILURE)
@@ -273,19 +277,32 @@ class DoorRelay(Relay):
 
     @property
     def _is_untouched(self) -> bool:
-        """Whether the target cannot have received anything."""
-        return self.stream.send_window.available == STREAM_WINDOW and not self._read_ended
+        """Whether the target cannot have received anything: nothing was sent, nor credit given for what was."""
+        stream = self.stream
+        return stream.send_window.available == STREAM_WINDOW and not (stream.hurried_bytes or self._read_ended)
+
+    def on_idle(self) -> None:
+        """No byte for the idle time-out; where there is no answer to the OPEN yet, none is awaited any longer."""
+        if self._is_opened:
+            super().on_idle()
+            return
+        self._give_up(Code.IDLE)
+        self._visitor.refused(Status.TIMED_OUT)
 
     def try_elsewhere(self) -> None:
         """The tunnel does not answer: ask for another, where nothing was sent and a try is left."""
         if self._is_opened or self.ended or not self._is_untouched or not self._visitor.may_try_again:
             return
+        self._give_up(Code.CANCELLED)
+        self._visitor.lost(Code.CANCELLED, is_untouched=True)
+
+    def _give_up(self, code: Code) -> None:
+        """Reset the stream, and keep the socket for the visitor."""
         tunnel = self.tunnel
-        tunnel.session.reset(self.stream, Code.CANCELLED)
+        tunnel.session.reset(self.stream, code)
         tunnel.flush_soon()
         self._let_go()
         tunnel.stream_ended()
-        self._visitor.lost(Code.CANCELLED, is_untouched=True)
 
     def _let_go(self) -> None:
         """End without closing the socket."""

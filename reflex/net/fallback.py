@@ -10,16 +10,17 @@ while later and as silently: the FIN was sent long ago, and what comes late is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from reflex.complaints import Complaints
-from reflex.errors import DialError, StartError
+from reflex.errors import DialError
 from reflex.loop import drop_reader
 from reflex.net.backlog import Backlog
-from reflex.net.dial import begin_connect, finish_connect, is_connected, resolve
+from reflex.net.dial import begin_connect, finish_connect, is_connected
 from reflex.net.hangup import hung_up
 from reflex.net.options import set_reset_on_close
 from reflex.pool import TieredPool
@@ -29,16 +30,34 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 32_768
 HALF_CLOSED_S: Final = 120.0  # of silence after the web server's FIN; twice what Linux gives those it does not serve
+IDLE_S: Final = 2.0  # without a byte: who is waited for at the end of the daemon no longer; seen half a time later
 LOOK_S: Final = 5.0  # how often it is looked whether a connection is gone that no event tells of
 
 
-async def fallback_address(host: str, port: int) -> Address:
-    """The web server's IP address: a name is resolved once, at the start. Raises StartError."""
-    try:
-        info = (await resolve(host, port))[0]
-    except DialError as error:
-        raise StartError(f"fallback: {error}") from error
-    return Address.of(str(info[4][0]), port)
+async def end_idle(fallbacks: Callable[[], Iterable[Fallback]], ended: asyncio.Event) -> None:
+    """For the end of a daemon: until ``ended`` is set, end those over which no byte has moved for IDLE_S.
+
+    A browser keeps its connections for minutes, without a use for them.
+
+    Args:
+        fallbacks: those that there still are; asked again and again.
+        ended: set by whoever hears of their ends.
+    """
+    loop = asyncio.get_running_loop()
+    seen: dict[Fallback, tuple[int, float]] = {}  # bytes, and since when no more
+    while not ended.is_set():
+        before, seen, now_s = seen, {}, loop.time()
+        for fallback in list(fallbacks()):
+            moved_bytes, since_s = before.get(fallback, (-1, now_s))
+            if moved_bytes != fallback.moved_bytes:
+                since_s = now_s
+            if now_s - since_s >= IDLE_S:
+                fallback.end_idle()
+            else:
+                seen[fallback] = fallback.moved_bytes, since_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_S / 2):
+                await ended.wait()
 
 
 class _Side:
@@ -66,6 +85,9 @@ class Fallback:
         read_ended: whether the client's FIN was read already.
         complaints: about a web server that cannot be reached; whoever asks the same one shares them.
         on_end: called once, when both sockets are closed.
+
+    Attributes:
+        moved_bytes: read from both sides and written to them so far; who compares it sees whether anything moves.
     """
 
     __slots__ = (
@@ -79,6 +101,7 @@ class Fallback:
         "_server",
         "_timer",
         "ended",
+        "moved_bytes",
     )
 
     def __init__(
@@ -103,6 +126,7 @@ class Fallback:
         self._server: _Side | None = None
         self._timer: asyncio.TimerHandle | None = None  # runs once the client has the web server's FIN
         self.ended = False
+        self.moved_bytes = 0
         self._look_timer: asyncio.TimerHandle | None = None  # runs once both are there
         try:
             server = begin_connect(address)
@@ -207,6 +231,7 @@ class Fallback:
         finally:
             self._buffers.release(buffer, size)
         if size:
+            self.moved_bytes += size
             if self._timer is not None:
                 self._await_client()
             self._write(other)
@@ -228,6 +253,7 @@ class Fallback:
                 self.end(reset=True)
                 return
             side.backlog.taken(size)
+            self.moved_bytes += size
         if side.backlog.size_bytes:
             if not side.is_writing:
                 side.is_writing = True
@@ -265,6 +291,11 @@ class Fallback:
 
     def _forget(self) -> None:
         self.end(reset=False)
+
+    def end_idle(self) -> None:
+        """Close both sockets: nothing has moved for a while. With RST only where bytes wait that are lost by it."""
+        sides = (self._client, self._server)
+        self.end(reset=any(side is not None and side.backlog.size_bytes for side in sides))
 
     def end(self, *, reset: bool) -> None:
         """Close both sockets, with RST where ``reset``. Once; then nothing."""

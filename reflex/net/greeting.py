@@ -124,6 +124,11 @@ class Greeting:
         return self._fallback is not None
 
     @property
+    def fallback(self) -> Fallback | None:
+        """The connection joined to the web server's, if it is."""
+        return self._fallback
+
+    @property
     def is_undecided(self) -> bool:
         """Whether it has not been decided yet what it is, so that its bytes are awaited."""
         return not (self.ended or self._silence is not None or self._fallback is not None)

@@ -128,6 +128,7 @@ class Server:
         Raises:
             TunnelError: its text says what is wrong, for the log.
         """
+        used_s = self._hello_shift_s()
         try:
             return await self._attempt()
         except _NotAnswered as error:
@@ -138,11 +139,12 @@ class Server:
                 raise TunnelError(f"{error}; {self._advice()}") from None
             is_near = abs(shift_s) <= HELLO_TIME_LIMIT_S
             keys_are_wrong = "so the server's public key, the user id or the user key is wrong"
-            clocks_agree = f"the clocks agree within {HELLO_TIME_LIMIT_S} s, {keys_are_wrong}"
-            # A clock that is a little behind matters to a server that started just now: it refuses
-            # hellos from before its start. One that is a little ahead never does.
-            if is_near and shift_s <= (0 if self._goes_by_own_clock else self._learnt_shift_s):
-                raise TunnelError(f"{error}; {clocks_agree}") from None
+            agree = f"; the clocks agree within {HELLO_TIME_LIMIT_S} s, "
+            why = (agree if is_near else ", nor with the time corrected, ") + keys_are_wrong
+            # A hello that is a little late matters to a server that started just now: it refuses those
+            # from before its start. One that is a little ahead never does. What was learnt may be wrong by now.
+            if 0 <= used_s - shift_s <= HELLO_TIME_LIMIT_S:
+                raise TunnelError(f"{error}{why}") from None
             if not is_near:
                 log.warning(
                     "%s: this machine's clock is %d s %s the server's (by its web server's Date)",
@@ -155,14 +157,18 @@ class Server:
                     f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
                 ) from None
             # A Date is cut to whole seconds: rather a second ahead than from before a server's start.
+            before = self._boot_to_server_s, self._goes_by_own_clock
             self._learn_shift(shift_s if is_near else shift_s + 1)
+            is_proven = False
             try:
-                return await self._attempt()
+                made = await self._attempt()
+                is_proven = True
             except _NotAnswered as again:
-                self._boot_to_server_s = None
-                raise TunnelError(
-                    f"{again}; {clocks_agree}" if is_near else f"{again}, nor with the time corrected, {keys_are_wrong}"
-                ) from None
+                raise TunnelError(f"{again}{why}") from None
+            finally:
+                if not is_proven:  # anybody on the way can tell a Date
+                    self._boot_to_server_s, self._goes_by_own_clock = before
+            return made
 
     def _advice(self) -> str:
         return (
@@ -256,8 +262,11 @@ class Server:
             return 0
         return round(boot_time_s() + self._boot_to_server_s - time.time())
 
+    def _hello_shift_s(self) -> int:
+        return 0 if self._goes_by_own_clock else self._learnt_shift_s
+
     def _hello_time_s(self) -> int:
-        return int(time.time()) + (0 if self._goes_by_own_clock else self._learnt_shift_s)
+        return int(time.time()) + self._hello_shift_s()
 
 
 class _NotAnswered(Exception):  # never leaves this module

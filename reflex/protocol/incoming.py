@@ -101,8 +101,9 @@ def on_data_fin(session: Session, frame: Frame) -> Iterator[Event]:
 def on_reset(session: Session, frame: Frame) -> Iterator[Event]:
     check_size(frame, CODE.size)
     stream = stream_of(session, frame)
-    is_abandoned = stream is not None and stream.state in st.UNANSWERED
-    session._allowance.charge(ABANDONED_COST if is_abandoned else RESET_COST, session.now_s)
+    if stream is None or not session._is_client:  # a client has asked for every stream itself
+        is_abandoned = stream is not None and stream.state in st.UNANSWERED
+        session._allowance.charge(ABANDONED_COST if is_abandoned else RESET_COST, session.now_s)
     if stream is not None:
         stream.move(st.RECEIVE_RESET)
         session._forget_if_closed(stream)

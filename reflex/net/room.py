@@ -1,0 +1,79 @@
+"""How many connections a server may have at the same time, in all of its workers, and who gives way at the limit.
+
+Strangers cannot lock users out: one connection more takes the place of the oldest one that is not authenticated.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sized
+from typing import Final
+
+from reflex.metrics import Counters
+from reflex.net.greeting import Greeting
+from reflex.worker import WorkerContext
+
+DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see Room.has_room) grows smaller
+
+
+class Room:
+    """The connections of one process, beside those of the other workers.
+
+    Args:
+        limit: of connections in all workers.
+        greetings: the connections that are not authenticated, in the order of their arrival; the caller's.
+        tunnels: those that are; the caller's.
+        shared: what it shares with the other workers, where it is one of several.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        greetings: OrderedDict[Greeting, None],
+        tunnels: Sized,
+        *,
+        counters: Counters,
+        shared: WorkerContext | None,
+    ) -> None:
+        self._limit = limit
+        self._greetings = greetings
+        self._tunnels = tunnels
+        self._counters = counters
+        self._shared = shared
+        self._discarding = 0  # connections of tunnels that ended by a fatal error
+
+    @property
+    def own(self) -> int:
+        """How many connections this process has."""
+        return len(self._greetings) + len(self._tunnels) + self._discarding
+
+    def has_room(self) -> bool:
+        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
+
+        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
+        other workers, a worker without any takes one connection beyond it: the others make up for
+        that with the next connections that they accept.
+        """
+        for _ in range(DISPLACED_PER_ACCEPT):
+            if self._all() < self._limit or not self._greetings:
+                break
+            self._counters.connections_displaced += 1
+            next(iter(self._greetings)).end(reset=False)
+        if self._all() < self._limit:
+            return True
+        tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
+        return not self._greetings and len(self._tunnels) + self._discarding + tunnels_elsewhere < self._limit
+
+    def _all(self) -> int:
+        return self.own + (0 if self._shared is None else self._shared.connections.elsewhere())
+
+    def discard(self, change: int) -> None:
+        """A tunnel has failed, and its connection is kept for a while, or not any more: it counts meanwhile."""
+        self._discarding += change
+        self.publish()
+
+    def publish(self) -> None:
+        """Tell the other workers; called whenever a greeting or a tunnel has come or gone."""
+        if self._shared is not None:
+            self._shared.connections.publish(self.own)
+            self._shared.tunnels.publish(len(self._tunnels) + self._discarding)

@@ -1,0 +1,74 @@
+"""reflex.net.room: the limit of connections holds for all workers together, and the oldest stranger gives way."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from reflex.metrics import Counters
+from reflex.net.room import DISPLACED_PER_ACCEPT, Room
+from reflex.worker import SharedCount, SharedCounts, WorkerContext
+
+
+class Stranger:
+    """Leaves where it is when it is ended."""
+
+    def __init__(self, where: OrderedDict[Any, None]) -> None:
+        self.leave: Callable[[], object] = lambda: where.pop(self)
+        where[self] = None
+
+    def end(self, *, reset: bool) -> None:
+        assert not reset
+        self.leave()
+
+
+def room(limit: int, *, elsewhere: tuple[int, int] | None = None) -> tuple[Room, OrderedDict[Any, None], list[str]]:
+    """A room, and its strangers and tunnels, who are to come; ``elsewhere``: connections, and tunnels among them."""
+    strangers: OrderedDict[Any, None] = OrderedDict()
+    tunnels: list[str] = []
+    shared = None
+    if elsewhere is not None:
+        connections, others = SharedCounts(2), SharedCounts(2)
+        connections[2], others[2] = elsewhere
+        shared = WorkerContext(1, [], None, SharedCount(connections, 1), SharedCount(others, 1))  # type: ignore[arg-type]
+    return Room(limit, strangers, tunnels, counters=Counters(), shared=shared), strangers, tunnels
+
+
+def test_the_oldest_stranger_gives_way_and_users_do_not() -> None:
+    here, strangers, tunnels = room(3)
+    first, second = Stranger(strangers), Stranger(strangers)
+    tunnels.append("alice's")
+    assert here.own == 3
+    assert here.has_room()
+    assert list(strangers) == [second]
+    assert first not in strangers
+    tunnels += ["bob's", "carol's"]
+    assert here.has_room() is False  # the last stranger left, and three users are there
+    assert not strangers
+
+
+def test_what_is_discarded_counts() -> None:
+    here, _, _ = room(1)
+    here.discard(1)
+    assert (here.own, here.has_room()) == (1, False)
+    here.discard(-1)
+    assert (here.own, here.has_room()) == (0, True)
+
+
+def test_an_excess_grows_smaller_with_each_that_comes() -> None:
+    here, strangers, _ = room(5)
+    for _ in range(8):
+        Stranger(strangers)
+    assert not here.has_room()
+    assert len(strangers) == 8 - DISPLACED_PER_ACCEPT
+
+
+def test_strangers_at_other_workers_do_not_keep_the_first_of_this_one_out_but_users_do() -> None:
+    assert room(5, elsewhere=(5, 4))[0].has_room()
+    assert not room(5, elsewhere=(5, 5))[0].has_room()
+    here, strangers, _ = room(5, elsewhere=(5, 4))
+    Stranger(strangers)
+    here.publish()
+    assert here.has_room()
+    assert not strangers
