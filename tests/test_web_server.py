@@ -14,6 +14,7 @@ from reflex.errors import StartError
 from reflex.net import web_server
 from reflex.net.listener import open_listening
 from reflex.net.web_server import MAX_TRIED, find_web_server, web_server_address
+from tests.conftest import require_ipv6
 from tests.ends import HOST, refusing_port
 from tests.loops import in_loop
 
@@ -97,6 +98,8 @@ def test_a_single_address_is_taken_without_a_try() -> None:
     ],
 )
 def test_the_server_itself_is_no_web_server(listen: str, fallback: str) -> None:
+    if listen == "::1":
+        require_ipv6()
     with listening(listen) as (sock, port), pytest.raises(StartError, match=r"^fallback: .* is this server itself$"):
         find_web_server(fallback, port, [sock])
 
