@@ -1,10 +1,14 @@
-"""What every test gets: whole pools checked after it, sessions to ask for, and no test skipped unseen in CI."""
+"""What every test gets: whole pools checked after it, sessions and descriptors to ask for; in CI nothing that could be
+installed is missing unseen.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+import resource
 import shutil
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -17,11 +21,23 @@ from tests.sessions import Pair, Peer, connected, peer_of
 
 IN_CI = os.environ.get("CI", "").lower() == "true"
 SYSTEM_PROGRAMS = "/usr/sbin:/sbin"  # where Debian keeps nginx, outside of a user's PATH
+DESCRIPTORS = 65_536  # a thousand clients and their targets in one process, and room
 
 # A busy machine makes single examples slow; that is no failure. CI finds the same examples each time.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if IN_CI else "local")
+
+
+def _raise_descriptor_limit() -> None:
+    """Many systems grant 1,024 to begin with, and more to who asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_raise_descriptor_limit()
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +112,12 @@ def require_program(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+def require_ipv6() -> None:
+    """Skip the test where there is no ``::1``, in CI as well: nothing that could be installed brings it."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"needs the address ::1, which this machine does not have: {error.strerror}")

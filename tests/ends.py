@@ -19,6 +19,8 @@ from reflex.protocol.socks5 import CONNECT, METHOD_NONE, VERSION
 from tests.loops import DEADLINE_S
 
 HOST: Final = "127.0.0.1"
+# A label of 64 characters is no name (RFC 1035, section 2.3.4): that it has no address needs no name server.
+NO_SUCH_NAME: Final = "n" * 64 + ".invalid"
 REPLY_SIZE: Final = 10  # of SOCKS5's answer to the request, with an IPv4 address
 
 

@@ -29,6 +29,7 @@ from reflex.net.resolver import AddrInfo
 from reflex.net.targets import TargetPolicy
 from reflex.protocol.address import Address
 from reflex.protocol.wire import AddressType, Status
+from tests.conftest import require_ipv6
 
 T = TypeVar("T")
 V4, NAME, V6 = AddressType.IPV4, AddressType.NAME, AddressType.IPV6
@@ -188,6 +189,7 @@ def test_dial_a_name(new_loop: Callable[[], asyncio.AbstractEventLoop], port: in
 
 
 def test_dial_ipv6() -> None:
+    require_ipv6()
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
         port = server.getsockname()[1]
         sock = run(lambda: dial(Address(V6, "::1", port), timeout_s=LIMIT_S))
@@ -381,6 +383,8 @@ def test_begin_and_finish(listener: socket.socket, port: int) -> None:
 
 @pytest.mark.parametrize(("kind", "host"), [(V4, "127.0.0.1"), (V6, "::1")])
 def test_begin_to_a_port_that_refuses(kind: AddressType, host: str, closed_port: int) -> None:
+    if kind is V6:
+        require_ipv6()
     with pytest.raises(DialError) as caught:  # noqa: PT012, SIM117  the system may refuse at once or later
         with begin_connect(Address(kind, host, closed_port)) as sock:
             wait_writable(sock)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,11 +13,11 @@ from reflex.net.doors import ATTEMPTS, Door, Visitor
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
-from reflex.protocol.socks5 import reply
+from reflex.protocol.socks5 import Socks5Parser, reply
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import INCREMENT, SESSION_WINDOW, STREAM_WINDOW, Code, FrameType, Status
 from tests.ends import REPLY_SIZE, End, socks_head, tcp_pair
-from tests.loops import in_loop, turns, until
+from tests.loops import POLL_S, in_loop, turns, until
 from tests.rig import Rig
 
 pytestmark = pytest.mark.usefixtures("each_loop")
@@ -322,6 +324,46 @@ async def test_who_says_nothing_in_time_is_closed(pools: Pools) -> None:
     async with Rig(pools, is_client=True) as rig:
         door = Entrance(rig, greeting_timeout_s=0.01)
         await door.end.expect_fin()
+        assert door.ends == [door.visitor]
+
+
+@in_loop
+async def test_who_sends_byte_after_byte_gains_no_time_by_it(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = bytearray()
+    feed = Socks5Parser.feed
+
+    def noting(parser: Socks5Parser, data: memoryview) -> bytes:
+        fed.extend(data)
+        return feed(parser, data)
+
+    monkeypatch.setattr(Socks5Parser, "feed", noting)
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig)
+        timer = door.visitor._timer
+        assert timer is not None
+        due_s = timer.when()
+        conversation = socks_head(80)
+        for size in range(1, len(conversation)):
+            await door.end.send(conversation[size - 1 : size])
+            await until(lambda size=size: len(fed) == size)  # type: ignore[misc]
+            assert door.visitor._timer is timer
+            assert not timer.cancelled()
+            assert timer.when() == due_s
+        await door.end.send(conversation[-1:])
+        await until(lambda: door.connector.waiting)
+        assert timer.cancelled()
+        door.visitor.end()
+
+
+@in_loop
+async def test_who_never_comes_to_its_request_is_closed_in_time(pools: Pools) -> None:
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig, greeting_timeout_s=0.02)
+        methods = iter(b"\x05\xff" + bytes([2]) * 254)  # one is missing
+        while not door.ends:
+            with contextlib.suppress(ConnectionError):
+                await door.end.send(bytes([next(methods)]))
+            await asyncio.sleep(POLL_S)
         assert door.ends == [door.visitor]
 
 

@@ -25,12 +25,12 @@ from tests.processes import (
     LoopbackServer,
     Pair,
     Process,
+    anonymous_bytes,
     eventually,
     expected_sha256,
     make_pair,
     never_reading,
     open_descriptors,
-    pss_bytes,
     receive_exactly,
     socks_connect,
 )
@@ -235,7 +235,7 @@ SLACK_BYTES = 8 * MIB
 
 def assert_within_windows(half: Process, before: int, *, windows: int) -> None:
     """``windows``: how many streams' bytes may wait in that half for their reader."""
-    grown = pss_bytes(half.pid) - before
+    grown = anonymous_bytes(half.pid) - before
     assert grown < windows * MAX_WINDOW_BYTES + SLACK_BYTES, f"{half.name} has grown by {grown:,} bytes"
 
 
@@ -244,7 +244,7 @@ def test_a_reader_that_stalls_costs_its_window_and_holds_nobody_up(one_tunnel: P
     fast = 64 * MIB
     with origin_process() as port:
         download(pair, port, fast)  # code is loaded, pools are filled
-        before_outbound, before_inbound = pss_bytes(pair.outbound.pid), pss_bytes(pair.inbound.pid)
+        before_outbound, before_inbound = anonymous_bytes(pair.outbound.pid), anonymous_bytes(pair.inbound.pid)
         with socks_connect(pair.socks_port, "127.0.0.1", port, timeout_s=BOUND_S) as stalled:
             stalled.sendall(b"GET /bytes/%d HTTP/1.1\r\nHost: x\r\n\r\n" % (1024 * MIB))
             answer = http.client.HTTPResponse(stalled)
@@ -271,7 +271,7 @@ def test_a_target_that_does_not_read_costs_its_window_and_holds_nobody_up(one_tu
     size = 64 * MIB
     with never_reading() as deaf, origin_process() as port:
         download(pair, port, size)
-        before_outbound, before_inbound = pss_bytes(pair.outbound.pid), pss_bytes(pair.inbound.pid)
+        before_outbound, before_inbound = anonymous_bytes(pair.outbound.pid), anonymous_bytes(pair.inbound.pid)
         with socks_connect(pair.socks_port, "127.0.0.1", deaf, timeout_s=BOUND_S) as sock:
             sender = threading.Thread(target=send_until_shut, args=(sock, 1024 * MIB), daemon=True)
             sender.start()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_program
+from tests.conftest import require_ipv6, require_program
 from tests.processes import (
     HELLO,
     Origin,
@@ -60,7 +60,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, origin: Origin) -> Iterator[P
     with refusing_port() as refusing:
         listen = [
             {},
-            {"protocol": "socks5", "address": "[::1]:0", **LOGIN},
+            {"protocol": "socks5", "address": "127.0.0.1:0", **LOGIN},
             {"protocol": "forward", "address": "127.0.0.1:0", "target": f"localhost:{origin.port}"},
             {"protocol": "forward", "address": "127.0.0.1:0", "target": f"127.0.0.1:{refusing}"},
         ]
@@ -76,7 +76,7 @@ def curl_by_socks(pair: Pair, url: str, *arguments: str) -> subprocess.Completed
 
 def curl_by_login(pair: Pair, url: str, user: str, password: str) -> subprocess.CompletedProcess[bytes]:
     port = pair.outbound_addresses[1][1]
-    return run_curl("--proxy", f"socks5h://[::1]:{port}", "--proxy-user", f"{user}:{password}", url)
+    return run_curl("--proxy", f"socks5h://127.0.0.1:{port}", "--proxy-user", f"{user}:{password}", url)
 
 
 def socks_reply(done: subprocess.CompletedProcess[bytes]) -> int:
@@ -101,8 +101,16 @@ def test_curl_reaches_a_server_by_its_ipv4_address(pair: Pair, origin: Origin) -
 
 
 def test_curl_reaches_a_server_by_its_ipv6_address(pair: Pair) -> None:
+    require_ipv6()
     with Origin("::1") as origin:
         done = curl_by_socks(pair, f"http://[::1]:{origin.port}/hello")
+    assert (done.returncode, done.stdout) == (0, HELLO), done.stderr
+
+
+def test_curl_comes_by_ipv6(tmp_path: Path, origin: Origin) -> None:
+    require_ipv6()
+    with make_pair(tmp_path, outbound={"listen": [{"address": "[::1]:0"}]}) as pair:
+        done = run_curl("--proxy", f"socks5h://[::1]:{pair.socks_port}", f"{origin.url}/hello")
     assert (done.returncode, done.stdout) == (0, HELLO), done.stderr
 
 
@@ -138,7 +146,7 @@ def test_curl_is_rejected_with_a_wrong_user_or_password(pair: Pair, origin: Orig
 
 
 def test_curl_is_rejected_without_a_login_where_one_is_asked_for(pair: Pair, origin: Origin) -> None:
-    done = run_curl("--proxy", f"socks5h://[::1]:{pair.outbound_addresses[1][1]}", f"{origin.url}/hello")
+    done = run_curl("--proxy", f"socks5h://127.0.0.1:{pair.outbound_addresses[1][1]}", f"{origin.url}/hello")
     assert done.returncode == PROXY_FAILED
     assert b"No authentication method was acceptable" in done.stderr
 

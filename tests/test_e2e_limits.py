@@ -155,7 +155,8 @@ def test_a_slow_pace_leaves_the_tunnel_alive(tmp_path: Path, origin: Origin) -> 
         assert curl(pair, f"{origin.url}/hello").returncode == 0
 
 
-def test_a_month_that_is_used_up_stays_so_over_a_restart(tmp_path: Path, origin: Origin) -> None:
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_month_that_is_used_up_stays_so_over_a_restart(tmp_path: Path, origin: Origin, end: str) -> None:
     with limited_pair(tmp_path, monthly_bytes=3 * MIB) as pair:
         assert curl(pair, f"{origin.url}/hello").returncode == 0
         with socks_connect(pair.socks_port, "127.0.0.1", origin.port) as idle:
@@ -170,7 +171,11 @@ def test_a_month_that_is_used_up_stays_so_over_a_restart(tmp_path: Path, origin:
         )
         pair.inbound.wait_for_line(line)
         assert sum("has used up" in text for text in pair.inbound.lines) == 1
-        assert pair.inbound.stop() == 0
+        if end == "stop":
+            assert pair.inbound.stop() == 0
+        else:
+            assert eventually(lambda: used_bytes(tmp_path) >= 3 * MIB, within_s=5 * WRITE_INTERVAL_S)
+            pair.inbound.kill()
         before = used_bytes(tmp_path)
         assert before >= 3 * MIB
         pair.restart_inbound()

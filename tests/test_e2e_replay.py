@@ -7,7 +7,9 @@ be refused is a user's own new hello.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import signal
 import socket
 import sqlite3
 import stat
@@ -31,6 +33,7 @@ from tests.processes import (
     start_inbound,
     start_outbound,
 )
+from tests.test_supervisor import children
 from tests.webserver import running_nginx
 
 BOUND_S: Final = 20.0
@@ -118,6 +121,20 @@ def test_the_same_hello_again_is_refused_and_new_ones_never(tmp_path: Path, keys
         is_answered(port, hello)
         for _ in range(10):  # the kernel chooses the worker: that all ten get to the first one's is rare, and no fault
             is_refused(process, port, hello, "hello seen before")
+            is_answered(port, hello_bytes(keys))
+
+
+def test_a_hello_is_refused_when_the_worker_that_took_it_was_killed(tmp_path: Path, keys: Keys) -> None:
+    with server(tmp_path, keys, workers=2) as process:
+        port = process.wait_ready()[0][1]
+        hello = hello_bytes(keys)
+        is_answered(port, hello)
+        for victim in children(process):  # it was one of them
+            since = len(process.lines)
+            os.kill(victim, signal.SIGKILL)
+            process.wait_for_line(r"worker \d is ready again", timeout_s=BOUND_S, since=since)
+            for _ in range(5):  # at either worker, mostly
+                is_refused(process, port, hello, "hello seen before")
             is_answered(port, hello_bytes(keys))
 
 

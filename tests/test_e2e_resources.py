@@ -19,9 +19,9 @@ from tests.processes import (
     LoopbackServer,
     Process,
     SocksReplyError,
+    anonymous_bytes,
     echo,
     eventually,
-    pss_bytes,
     receive_exactly,
     socks_connect,
     start_inbound,
@@ -65,11 +65,11 @@ def send_while_taken(sock: socket.socket, size: int) -> int:
     return sent
 
 
-class Pss:
-    """The most memory that a process had while it was watched, looked at all the time."""
+class PeakMemory:
+    """The most memory of its own that a process had while it was watched, looked at all the time."""
 
     def __init__(self, process: Process) -> None:
-        self.before_bytes = pss_bytes(process.pid)
+        self.before_bytes = anonymous_bytes(process.pid)
         self.most_bytes = self.before_bytes
         self._process = process
         self._is_over = threading.Event()
@@ -77,13 +77,13 @@ class Pss:
 
     def _watch(self) -> None:
         while not self._is_over.wait(0.05):
-            self.most_bytes = max(self.most_bytes, pss_bytes(self._process.pid))
+            self.most_bytes = max(self.most_bytes, anonymous_bytes(self._process.pid))
 
     @property
     def growth_bytes(self) -> int:
         return self.most_bytes - self.before_bytes
 
-    def __enter__(self) -> Pss:
+    def __enter__(self) -> PeakMemory:
         self._thread.start()
         return self
 
@@ -151,7 +151,7 @@ def test_slow_readers_of_one_user_get_a_share_of_the_servers_memory_and_others_g
         contextlib.ExitStack() as stack,
     ):
         ports = [each.wait_ready()[0][1] for each in (mallory, alice)]
-        with socks_connect(ports[1], "127.0.0.1", target.port) as running, Pss(server) as memory:
+        with socks_connect(ports[1], "127.0.0.1", target.port) as running, PeakMemory(server) as memory:
             echo(running)
             sockets = open_streams(ports[0], slow, 120, stack)
             assert len(sockets) == 120
@@ -182,7 +182,7 @@ def test_where_more_arrives_than_fits_streams_that_keep_most_are_reset_and_other
         contextlib.ExitStack() as stack,
     ):
         ports = [each.wait_ready()[0][1] for each in (mallory, alice)]
-        with socks_connect(ports[1], "127.0.0.1", target.port) as running, Pss(server) as memory:
+        with socks_connect(ports[1], "127.0.0.1", target.port) as running, PeakMemory(server) as memory:
             echo(running)
             sockets = open_streams(ports[0], slow, 120, stack)
             assert len(sockets) == 120
@@ -244,7 +244,7 @@ def test_applications_that_do_not_read_get_a_share_of_the_clients_memory_and_oth
         ) as client,
     ):
         port = client.wait_ready()[0][1]
-        with socks_connect(port, "127.0.0.1", target.port) as running, Pss(client) as memory:
+        with socks_connect(port, "127.0.0.1", target.port) as running, PeakMemory(client) as memory:
             echo(running)
             sockets = open_streams(port, origin.port, 120, stack)
             assert eventually(lambda: statistics(client)["gauges"]["buffered_bytes"] > 0.9 * limit_bytes)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.ends import NO_SUCH_NAME
 from tests.processes import (
     EchoServer,
     Keys,
@@ -313,7 +314,7 @@ def test_targets_that_refuse_say_nothing_or_reset_are_told_as_promised(tmp_path:
         status, took_s = status_of(socks, "127.0.0.1", unanswering)
         assert status == TIMED_OUT
         assert 1 <= took_s < 1 + AT_ONCE_S
-        status, took_s = status_of(socks, "nowhere.invalid", 80)
+        status, took_s = status_of(socks, NO_SUCH_NAME, 80)
         assert status == HOST_UNREACHABLE
         with socks_connect(socks, "127.0.0.1", resetting.port, timeout_s=BOUND_S) as sock:
             sock.sendall(b"x")

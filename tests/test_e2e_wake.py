@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.processes import (
     Origin,
     Process,
     Settings,
+    SocksReplyError,
     hello_through,
     receive_exactly,
     socks_connect,
@@ -47,6 +49,7 @@ LOWERED_S = 3  # silence after which a peer is dead
 REAL_S = 40
 QUICK: Settings = {"limits": {"idle_timeout_s": 4}}  # ticks of a second: what a keepalive of 2 s needs
 LOST = "no sign of life from the peer"
+GENERAL_FAILURE = 1  # SOCKS5's reply
 
 
 @dataclass
@@ -224,6 +227,33 @@ def test_after_a_sleep_a_new_request_works_within_5_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asleep_s", [20, 600])
 def test_after_a_real_sleep_a_new_request_works_within_5_s(tmp_path: Path, asleep_s: float) -> None:
     the_machine_sleeps(tmp_path, asleep_s=asleep_s, prelude="", settings={})
+
+
+def test_while_the_server_sleeps_requests_wait_or_fail_and_what_ran_goes_on(tmp_path: Path) -> None:
+    size = 40_000_000  # more than windows and sockets hold on the client's side
+    with (
+        ground(tmp_path, prelude=LOWERED_VIGIL, settings={}) as it,
+        TransferTarget() as target,
+        socks_connect(it.socks_port, "127.0.0.1", target.port) as sock,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        sock.sendall(HEAD.pack(b"d", 7, size))
+        first = receive_exactly(sock, 100_000)
+        it.inbound.send_signal(signal.SIGSTOP)
+        waiting = threads.submit(hello_through, it.socks_port, it.origin)
+        with pytest.raises(OSError, match=r"SOCKS5 reply 1|timed out"):
+            socks_connect(it.socks_port, "127.0.0.1", target.port, timeout_s=2)
+        it.inbound.send_signal(signal.SIGCONT)
+        it.works_within(AGAIN_S)
+        failure = waiting.exception()
+        if failure is None:
+            assert waiting.result() == HELLO
+        else:
+            assert isinstance(failure, SocksReplyError)
+            assert failure.status == GENERAL_FAILURE
+        assert first + receive_exactly(sock, size - len(first)) == content(7, size)
+        assert sock.recv(1) == b""
+        it.works_within(AGAIN_S)
 
 
 # A clock is set.

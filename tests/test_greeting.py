@@ -27,7 +27,7 @@ from reflex.protocol.pools import Pools
 from reflex.protocol.replay import ReplaySet
 from tests.ends import End, Origin, tcp_pair
 from tests.keys import Keys
-from tests.loops import in_loop, turns, until
+from tests.loops import DEADLINE_S, POLL_S, in_loop, turns, until
 
 pytestmark = pytest.mark.usefixtures("each_loop")
 
@@ -402,6 +402,55 @@ def test_after_the_silence_the_connection_is_closed(pools: Pools, monkeypatch: p
                 await end.send(secrets.token_bytes(size))
                 await end.expect_fin()
             await until(lambda: len(g.ended) == 2)
+
+    is_closed()
+
+
+@in_loop
+async def test_who_sends_byte_after_byte_gains_no_time_by_it(pools: Pools) -> None:
+    with gate(pools) as g:
+        end, greeting = g.arrive()
+        timer, due_s = greeting._timer, greeting._timer.when()
+        for received in range(1, 76):
+            await end.send(b"x")
+            await until(partial(has_received, greeting, received))
+            assert greeting.is_undecided
+            assert greeting._timer is timer
+            assert not timer.cancelled()
+            assert timer.when() == due_s
+        await end.send(b"x")
+        await until(lambda: greeting._silence)
+        silence = greeting._silence
+        assert silence is not None
+        timer, due_s = silence._timer, silence._timer.when()
+        for _ in range(20):
+            left = silence._left_bytes
+            await end.send(b"x")
+            await until(lambda left=left: silence._left_bytes == left - 1)  # type: ignore[misc]
+            assert silence._timer is timer
+            assert timer.when() == due_s
+
+
+def test_who_never_ceases_to_send_is_closed_in_the_end(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting_module, "SILENCE_MAX_MS", 20)
+
+    @in_loop
+    async def is_closed() -> None:
+        with gate(pools, handshake_timeout_s=0.05) as g:
+            end, greeting = g.arrive()
+            sent = 0
+
+            async def has_ended() -> None:
+                nonlocal sent
+                while not greeting.ended:
+                    if sent < 75 or not greeting.is_undecided:  # it makes no whole hello
+                        await end.send(b"x")
+                        sent += 1
+                    await asyncio.sleep(POLL_S)
+
+            with contextlib.suppress(ConnectionError):  # closed amid what it sends
+                await asyncio.wait_for(has_ended(), DEADLINE_S)
+            await until(lambda: g.ended)
 
     is_closed()
 

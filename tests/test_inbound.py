@@ -24,7 +24,8 @@ from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
 from reflex.protocol.wire import Code, Status
-from tests.ends import HOST, Origin, connect, refusing_port, silent_port
+from tests.conftest import require_ipv6
+from tests.ends import HOST, NO_SUCH_NAME, Origin, connect, refusing_port, silent_port
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import Pair, inbound_settings, port_of, running_inbound, statistics
@@ -108,6 +109,7 @@ async def test_a_protocol_error_cuts_the_tunnel_without_a_word_and_its_targets_a
 
 @in_loop
 async def test_it_says_where_it_listens_and_lets_go_when_it_cannot() -> None:
+    require_ipv6()
     keys = Keys.generate()
     two = [HostPort(HOST, 0), HostPort("::1", 0)]
     inbound = Inbound(inbound_settings(keys, listen=two))
@@ -132,8 +134,8 @@ async def test_a_fallback_that_is_a_name_is_resolved_at_the_start() -> None:
             assert inbound._door.fallback is not None
             assert inbound._door.fallback.host in (HOST, "::1")
 
-        object.__setattr__(settings, "fallback", HostPort("no-such-host.invalid", 80))
-        with pytest.raises(StartError, match=r"fallback: cannot resolve no-such-host\.invalid"):
+        object.__setattr__(settings, "fallback", HostPort(NO_SUCH_NAME, 80))
+        with pytest.raises(StartError, match=f"fallback: cannot resolve {NO_SUCH_NAME}"):
             await Inbound(settings).start()
 
 
@@ -279,7 +281,7 @@ async def test_how_a_target_could_not_be_reached_is_told_by_status() -> None:
     targets = TargetSettings(
         allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*"), TargetRule.parse("*.invalid:*"))
     )
-    settings = inbound_settings(keys, targets=targets, limits=InboundLimits(dial_timeout_s=0.2))
+    settings = inbound_settings(keys, targets=targets, limits=InboundLimits(dial_timeout_s=1.0))
     async with running_inbound(settings) as (inbound, port):
         remote = await raw_client(port, keys)
         with refusing_port() as refusing, silent_port() as silent:
@@ -288,7 +290,7 @@ async def test_how_a_target_could_not_be_reached_is_told_by_status() -> None:
                 (Address.of("localhost", refusing), Status.REFUSED),
                 (Address.of(HOST, silent), Status.TIMED_OUT),
                 (Address.of("10.0.0.1", 80), Status.NOT_ALLOWED),
-                (Address.of("no-such-host.invalid", 80), Status.HOST_UNREACHABLE),
+                (Address.of(NO_SUCH_NAME, 80), Status.HOST_UNREACHABLE),
                 (None, Status.NOT_SUPPORTED),
             ):
                 _, seen = await remote.ask(address)

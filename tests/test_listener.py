@@ -22,6 +22,7 @@ from reflex.net.listener import (
     open_shared,
 )
 from reflex.net.options import PLAIN_CONTROL
+from tests.conftest import require_ipv6
 from tests.ends import HOST, End, connect
 from tests.loops import in_loop, until
 from tests.pair import port_of
@@ -100,6 +101,7 @@ async def test_after_so_many_accepts_it_is_the_others_turn() -> None:
 
 @in_loop
 async def test_ipv6_is_listened_on_alone_and_shown_in_brackets() -> None:
+    require_ipv6()
     with Guests() as guests:
         listener = make_listener(guests, "::1")
         assert listener.address.startswith("[::1]:")

@@ -19,7 +19,8 @@ from reflex.outbound import Outbound, cipher_suite
 from reflex.protocol.socks5 import METHOD_NONE, METHOD_PASSWORD, METHOD_REFUSED, VERSION
 from reflex.protocol.wire import Status, Suite
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
-from tests.ends import HOST, REPLY_SIZE, End, Origin, connect, refusing_port, silent_port, socks_head
+from tests.conftest import require_ipv6
+from tests.ends import HOST, NO_SUCH_NAME, REPLY_SIZE, End, Origin, connect, refusing_port, silent_port, socks_head
 from tests.keys import Keys
 from tests.loops import in_loop, turns, until
 from tests.pair import EPHEMERAL, Hog, Pair, forward_to, outbound_settings, port_of, server_settings, statistics
@@ -35,12 +36,12 @@ async def test_socks_statuses_tell_the_truth() -> None:
     targets = TargetSettings(
         allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*"), TargetRule.parse("*.invalid:*"))
     )
-    async with Pair(targets=targets, inbound_limits=InboundLimits(dial_timeout_s=0.2)) as pair:
+    async with Pair(targets=targets, inbound_limits=InboundLimits(dial_timeout_s=1.0)) as pair:
         with refusing_port() as refusing, silent_port() as silent:
             assert await pair.status(refusing) == Status.REFUSED
             assert await pair.status(refusing, "localhost") == Status.REFUSED
             assert await pair.status(80, "10.0.0.1") == Status.NOT_ALLOWED
-            assert await pair.status(80, "no-such-host.invalid") == Status.HOST_UNREACHABLE
+            assert await pair.status(80, NO_SUCH_NAME) == Status.HOST_UNREACHABLE
             assert await pair.status(silent) == Status.TIMED_OUT
         assert pair.outbound._counters.streams_refused == 5
 
@@ -151,6 +152,7 @@ async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
 
 @in_loop
 async def test_it_says_where_it_listens_and_lets_go_when_it_cannot() -> None:
+    require_ipv6()
     servers = [server_settings(Keys.generate(), 1)]
     doors = [ListenSettings(address=EPHEMERAL), ListenSettings(address=HostPort("::1", 0))]
     outbound = Outbound(outbound_settings(servers, listen=doors))

@@ -9,6 +9,7 @@ import pytest
 
 from reflex.net import own_addresses
 from reflex.net.own_addresses import is_own
+from tests.conftest import require_ipv6
 
 
 def addresses_of_this_machine() -> list[str]:
@@ -26,6 +27,8 @@ def addresses_of_this_machine() -> list[str]:
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "127.3.2.1", "::1", *addresses_of_this_machine()])
 def test_own(ip: str) -> None:
+    if ip == "::1":
+        require_ipv6()
     assert is_own(ip)
 
 

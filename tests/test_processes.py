@@ -19,7 +19,7 @@ import pytest
 
 from reflex.net.listener import open_listening, open_shared
 from tests.check_coverage import shortfalls
-from tests.conftest import require_program
+from tests.conftest import require_ipv6, require_program
 from tests.processes import (
     HELLO,
     EchoServer,
@@ -165,6 +165,8 @@ def test_overrides_are_merged() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_origin_serves_on_one_connection(host: str) -> None:
+    if ":" in host:
+        require_ipv6()
     body = bytes(range(256)) * 5_000
     with Origin(host) as origin:
         client = http.client.HTTPConnection(host, origin.port, timeout=10)
@@ -224,6 +226,7 @@ def test_echo_until_the_end() -> None:
 
 
 def test_half_close_is_answered() -> None:
+    require_ipv6()
     with HalfCloseServer("::1") as server, socket.create_connection((server.host, server.port), 10) as sock:
         sock.sendall(b"x" * 100_000)
         sock.shutdown(socket.SHUT_WR)

@@ -22,7 +22,7 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.streams import Stream
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType, Status
-from tests.ends import HOST, Origin, refusing_port, silent_port
+from tests.ends import HOST, NO_SUCH_NAME, Origin, refusing_port, silent_port
 from tests.loops import DEADLINE_S, in_loop, turns, until
 from tests.rig import Rig
 
@@ -152,7 +152,7 @@ async def test_a_target_that_refuses_cannot_be_resolved_or_is_not_allowed_is_ans
             cases = [
                 (Address.of(HOST, port), Status.REFUSED),
                 (Address.of("localhost", port), Status.REFUSED),
-                (Address.of("no-such-host.invalid", 1), Status.HOST_UNREACHABLE),
+                (Address.of(NO_SUCH_NAME, 1), Status.HOST_UNREACHABLE),
                 (Address.of("10.0.0.1", 1), Status.NOT_ALLOWED),
                 (Address.of("::1", 1), Status.NOT_ALLOWED),
             ]

@@ -14,7 +14,8 @@ from reflex.errors import StartError
 from reflex.net import web_server
 from reflex.net.listener import open_listening
 from reflex.net.web_server import MAX_TRIED, find_web_server, web_server_address
-from tests.ends import HOST, refusing_port
+from tests.conftest import require_ipv6
+from tests.ends import HOST, NO_SUCH_NAME, refusing_port
 from tests.loops import in_loop
 
 
@@ -97,6 +98,8 @@ def test_a_single_address_is_taken_without_a_try() -> None:
     ],
 )
 def test_the_server_itself_is_no_web_server(listen: str, fallback: str) -> None:
+    if listen == "::1":
+        require_ipv6()
     with listening(listen) as (sock, port), pytest.raises(StartError, match=r"^fallback: .* is this server itself$"):
         find_web_server(fallback, port, [sock])
 
@@ -120,12 +123,17 @@ def test_another_port_or_another_address_of_this_machine_is_another_server(names
         assert find_web_server("localhost", port, [sock]).host == "127.0.0.2"
 
 
-def test_a_name_without_an_address_is_an_error(names: Callable[..., None]) -> None:
-    for name in ("no-such-host.invalid", "x" * 64 + ".invalid"):
-        with pytest.raises(StartError, match=r"^fallback: cannot resolve "):
-            find_web_server(name, 80, [])
+def test_a_name_without_an_address_is_an_error(names: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with pytest.raises(StartError, match=rf"^fallback: cannot resolve {NO_SUCH_NAME}: "):
+        find_web_server(NO_SUCH_NAME, 80, [])
     names()
     with pytest.raises(StartError, match=r"^fallback: cannot resolve nobody: it has no address$"):
+        find_web_server("nobody", 80, [])
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(StartError, match=r"^fallback: cannot resolve nobody: Name or service not known$"):
         find_web_server("nobody", 80, [])
 
 
