@@ -102,7 +102,9 @@ class RemoteError(ReflexError):
 
 
 class HandshakeError(RemoteError):
-    """A hello that leads to no session."""
+    """A hello that leads to no session. ``user_id`` is whose it is where it is authentic, 16 bytes; else None."""
+
+    user_id: bytes | None = None
 
 
 class AuthenticationFailed(HandshakeError):

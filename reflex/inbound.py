@@ -129,6 +129,7 @@ class Inbound:
                 fallback=web_server,
                 on_hello=self._on_hello,
                 on_end=self._on_greeting_end,
+                names=self._users.names,
             )
         except BaseException:
             close_all(sockets)

@@ -17,7 +17,8 @@ amount, would need a margin that nobody knows.
 
 The start counts although the file would allow more: nobody knows whether there was a run without it in between.
 
-A file that cannot be written stops nobody. The hello is answered, remembered as if there were no file, and written as
+A file that cannot be written stops nobody (with workers, one whose writes hang does: who asks waits for a second, then
+refuses the hello). The hello is answered, remembered as if there were no file, and written as
 soon as that succeeds: the worst that follows is what holds without a file, 40 bytes for a hello that is played after
 a restart, and no session. To refuse would lock every user out because a disk is full.
 """

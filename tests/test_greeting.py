@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from reflex.complaints import Complaints
+from reflex.errors import AuthenticationFailed, ClockSkew, HandshakeError, Replayed
 from reflex.metrics import Counters
 from reflex.net import failures as failures_module
 from reflex.net import greeting as greeting_module
@@ -64,6 +65,7 @@ class Gate:
             fallback=self.fallback,
             on_hello=self._on_hello,
             on_end=self.ended.append,
+            names={self.keys.user_id.bytes: "alice"},
         )
 
     def _on_hello(self, greeting: Greeting, sock: socket.socket, hello: AcceptedHello, rest: memoryview) -> None:
@@ -243,7 +245,10 @@ async def test_a_hello_that_was_seen_before_is_the_web_servers_and_worth_a_line(
         server = await web.accept()
         assert await server.receive(80) == hello + b"rest"
         assert g.counters.handshakes_failed == 1
-    assert [record.levelno for record in caplog.records if "hello refused" in record.getMessage()] == [logging.WARNING]
+    lines = [record for record in caplog.records if "hello refused" in record.getMessage()]
+    assert [(line.levelno, line.getMessage()) for line in lines] == [
+        (logging.WARNING, "alice at guest: hello refused: hello seen before")
+    ]
 
 
 @in_loop
@@ -263,6 +268,36 @@ async def test_hellos_that_are_played_again_and_again_are_no_flood_of_warnings(
     warnings = [record.getMessage() for record in lines if record.levelno == logging.WARNING]
     assert len(lines) == 11
     assert len(warnings) == 2, "one of each kind"
+
+
+def refusal_of(refusal: HandshakeError, user_id: bytes | None) -> HandshakeError:
+    refusal.user_id = user_id
+    return refusal
+
+
+@in_loop
+async def test_who_plays_one_hello_hides_neither_another_trouble_nor_another_user(
+    pools: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with gate(pools) as g:
+        alice, bob = g.keys.user_id.bytes, bytes(16)
+        refusals = [
+            refusal_of(Replayed("hello seen before"), alice),
+            refusal_of(Replayed("replay set full"), alice),
+            refusal_of(Replayed("hello seen before"), bob),
+            refusal_of(ClockSkew(200, 120), alice),
+        ]
+        of_nobody = refusal_of(AuthenticationFailed("not of a known user"), None)
+        for refusal in [*refusals, *refusals, refusal_of(ClockSkew(201, 120), alice), of_nobody]:
+            g.door.log_refusal("guest", refusal, is_hello=True)
+        assert len(g.door.refusals) == len(refusals)
+    assert caplog.messages == [
+        "alice at guest: hello refused: hello seen before",
+        "alice at guest: hello refused: replay set full",
+        "a user at guest: hello refused: hello seen before",
+        "alice at guest: hello refused: the client's clock is off by +200 s; at most 120 s are allowed",
+    ]
 
 
 @in_loop

@@ -285,7 +285,7 @@ def test_a_clock_beyond_the_limit_is_refused_and_leaves_no_trace(off_s: int) -> 
     _, hello = client(time_s=NOW + off_s)
     with pytest.raises(ClockSkew) as caught:
         accept(hello, replay=replay)
-    assert (caught.value.skew_s, caught.value.limit_s) == (off_s, LIMIT)
+    assert (caught.value.skew_s, caught.value.limit_s, caught.value.user_id) == (off_s, LIMIT, USER_ID)
     assert_tells_nothing(caught.value)
     assert len(replay) == 0
     accept(hello, now_s=NOW + off_s, replay=replay)
@@ -301,7 +301,7 @@ def test_only_version_1_and_the_two_suites_are_accepted(version: int, suite: int
         return
     with pytest.raises(UnsupportedHello) as caught:
         accept(hello, replay=replay)
-    assert (caught.value.version, caught.value.suite) == (version, suite)
+    assert (caught.value.version, caught.value.suite, caught.value.user_id) == (version, suite, USER_ID)
     assert_tells_nothing(caught.value)
     assert len(replay) == 0
 
@@ -319,6 +319,7 @@ def test_a_hello_is_taken_once() -> None:
     accept(hello, replay=replay)
     with pytest.raises(Replayed) as caught:
         accept(hello, now_s=NOW + LIMIT, replay=replay)
+    assert caught.value.user_id == USER_ID
     assert_tells_nothing(caught.value)
     assert len(replay) == 1
 
@@ -340,8 +341,9 @@ def test_the_checks_come_in_the_contracts_order() -> None:
     replay = Untouchable(0)
     options = 2 << 4 | 7
     wrong_in_all = noise_hello(b"e" * KEY_SIZE, TIME_OPTIONS.pack(NOW - LIMIT - 1, options, 0, b"ab"))
-    with pytest.raises(AuthenticationFailed):
+    with pytest.raises(AuthenticationFailed) as caught:
         accept(flip(wrong_in_all, 8 * CLIENT_HELLO_SIZE - 1), replay=replay)
+    assert caught.value.user_id is None
     with pytest.raises(UnsupportedHello):
         accept(wrong_in_all, replay=replay)
     with pytest.raises(ClockSkew):

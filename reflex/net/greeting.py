@@ -18,12 +18,12 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from reflex.complaints import Complaints
-from reflex.errors import AuthenticationFailed, HandshakeError
+from reflex.errors import HandshakeError, Replayed
 from reflex.loop import drop_reader
 from reflex.metrics import Counters
 from reflex.net.failures import Failures
@@ -50,7 +50,8 @@ class Door:
     ``on_hello`` is called with a connection whose hello passed every check, the hello, and a view of
     what came behind it (valid during the call); the socket is the callee's. ``on_end`` is called once
     for every connection that did not come to that, when its socket is closed. ``complaints`` are those
-    about the fallback; ``refusals`` those about authentic hellos, by what is wrong with them.
+    about the fallback; ``refusals`` those about authentic hellos, by user and by what is wrong with them. ``names``
+    are the users', by id, for the log.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -64,18 +65,24 @@ class Door:
     fallback: Address | None
     on_hello: Callable[[Greeting, socket.socket, AcceptedHello, memoryview], None]
     on_end: Callable[[Greeting], None]
-    refusals: dict[type[HandshakeError], Complaints] = field(default_factory=dict)
+    names: Mapping[bytes, str] = field(default_factory=dict, repr=False)
+    refusals: dict[tuple[bytes, type[HandshakeError], str], Complaints] = field(default_factory=dict, repr=False)
 
-    def level_of(self, refusal: HandshakeError) -> int:
-        """The level at which to log why a hello is refused.
+    def log_refusal(self, peer: str, refusal: HandshakeError, *, is_hello: bool) -> None:
+        """Log why a hello is refused, or the random bytes in the place of what was none.
 
         An authentic one is worth a line to the operator. But who has recorded one can send it without end, so
-        that of each kind one line in a while is a warning.
+        that of each user and kind one line in a while is a warning, and hides no other.
         """
-        if isinstance(refusal, AuthenticationFailed):
-            return logging.DEBUG
-        complaints = self.refusals.setdefault(type(refusal), Complaints(self.loop.time))
-        return logging.WARNING if complaints.is_due() else logging.DEBUG
+        user_id = refusal.user_id
+        if user_id is None:
+            log.debug(_REFUSED if is_hello else _NO_HELLO, peer, refusal)
+            return
+        # A replay set's words are few; the others' have figures in them that whoever sends a hello can choose.
+        kind = str(refusal) if isinstance(refusal, Replayed) else ""
+        complaints = self.refusals.setdefault((user_id, type(refusal), kind), Complaints(self.loop.time))
+        level = logging.WARNING if complaints.is_due() else logging.DEBUG
+        log.log(level, _REFUSED, f"{self.names.get(user_id, 'a user')} at {peer}", refusal)
 
 
 class Greeting:
@@ -182,7 +189,7 @@ class Greeting:
         if verdict is not None:
             # Only now, when the web server has the bytes.
             door.counters.handshakes_failed += is_hello
-            log.log(door.level_of(verdict), _REFUSED if is_hello else _NO_HELLO, self._peer, verdict)
+            door.log_refusal(self._peer, verdict, is_hello=is_hello)
 
     def _judge(self, hello: bytes, *, is_hello: bool) -> AcceptedHello | HandshakeError | None:
         """Whether it passes, or why not; for what is no hello, why random bytes do not; None where nothing is tried.

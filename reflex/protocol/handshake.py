@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from reflex.confidential import Confidential, FrozenConfidential
-from reflex.errors import AuthenticationFailed, ClockSkew, ConfigError, UnsupportedHello
+from reflex.errors import AuthenticationFailed, ClockSkew, ConfigError, HandshakeError, UnsupportedHello
 from reflex.protocol.noise import Transcript, exchange
 from reflex.protocol.replay import ReplayMemory
 from reflex.protocol.wire import (
@@ -271,7 +271,7 @@ def accept_hello(
         random_bytes: a CSPRNG; the order of draws is the module's.
 
     Raises:
-        AuthenticationFailed: unknown user, wrong key or altered bytes; never told apart.
+        AuthenticationFailed: unknown user, wrong key or altered bytes; never told apart. The others name the user.
         UnsupportedHello: authentic, but of another version or an unknown suite.
         ClockSkew: authentic, but more than 120 s off.
         Replayed: the replay set refuses it: seen before, or not to be remembered.
@@ -283,12 +283,16 @@ def accept_hello(
     user_id, transcript, options = opened
     time_s, version_suite, _flags, _random = TIME_OPTIONS.unpack(options)
     version, suite = version_suite >> 4, version_suite & 0x0F
-    if version != VERSION or suite not in _SUITES:
-        raise UnsupportedHello(version, suite)
-    skew_s = time_s - now_s
-    if abs(skew_s) > HELLO_TIME_LIMIT_S:
-        raise ClockSkew(skew_s, HELLO_TIME_LIMIT_S)
-    replay.check_and_insert(client_public, user_id, time_s, now_s)
+    try:
+        if version != VERSION or suite not in _SUITES:
+            raise UnsupportedHello(version, suite)
+        skew_s = time_s - now_s
+        if abs(skew_s) > HELLO_TIME_LIMIT_S:
+            raise ClockSkew(skew_s, HELLO_TIME_LIMIT_S)
+        replay.check_and_insert(client_public, user_id, time_s, now_s)
+    except HandshakeError as error:
+        error.user_id = user_id
+        raise
     return AcceptedHello(user_id, Suite(suite), time_s, client_public, transcript)
 
 
