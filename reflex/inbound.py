@@ -98,6 +98,7 @@ class Inbound:
             settings.limits.max_connections, self._greetings, self._tunnels, counters=self._counters, shared=shared
         )
         self._relays: set[Relay] = set()
+        self._complaints = Complaints(self._loop.time)  # about new connections that are closed
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._trimmer = Trimmer(self._loop, self._pools.buffers)
@@ -150,6 +151,9 @@ class Inbound:
         if not self._room.has_room():
             self._counters.connections_refused += 1
             sock.close()
+            if self._complaints.is_due():
+                limit = self._settings.limits.max_connections
+                log.warning("new connections are closed: users have all %d (limits.max_connections)", limit)
             return
         self._counters.connections_accepted += 1
         try:

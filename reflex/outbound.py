@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.config import ListenSettings, OutboundSettings, ServerSettings
 from reflex.errors import ConfigError, StartError
 from reflex.metrics import Counters, statistics_json
@@ -92,6 +93,7 @@ class Outbound:
         self._visitors: set[Visitor] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._wake_watch = WakeWatch()
+        self._complaints = Complaints(self._loop.time)  # about local connections that are closed
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._trimmer = Trimmer(self._loop, self._pools.buffers)
@@ -159,6 +161,9 @@ class Outbound:
         if self._connections() >= self._settings.limits.max_connections:
             self._counters.connections_refused += 1
             sock.close()
+            if self._complaints.is_due():
+                limit = self._settings.limits.max_connections
+                log.warning("local connections are closed: there are %d already (limits.max_connections)", limit)
             return
         self._counters.connections_accepted += 1
         visitor = Visitor(door, sock)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from reflex.complaints import Complaints
 from reflex.config import InboundLimits
 from reflex.inbound import Inbound
 from reflex.net.listener import open_listening
@@ -24,14 +25,18 @@ pytestmark = pytest.mark.usefixtures("each_loop")
 
 
 @in_loop
-async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
+async def test_above_max_connections_new_ones_are_closed_at_once(caplog: pytest.LogCaptureFixture) -> None:
     keys = Keys.generate()
     settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
     async with running_inbound(settings) as (inbound, port):
         remotes = [await raw_client(port, keys) for _ in range(2)]
-        third = await connect(port)
-        await third.expect_fin()
-        assert inbound._counters.connections_refused == 1
+        inbound._complaints = Complaints(interval_s=3600)
+        for _ in range(2):
+            third = await connect(port)
+            await third.expect_fin()
+        assert inbound._counters.connections_refused == 2
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert said == ["new connections are closed: users have all 2 (limits.max_connections)"]
         remotes.pop().leave()
         await until(lambda: len(inbound._tunnels) == 1)
         remotes.append(await raw_client(port, keys))

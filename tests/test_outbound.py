@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from reflex.complaints import Complaints
 from reflex.config import HostPort, InboundLimits, ListenSettings, OutboundLimits, Secret, TargetRule, TargetSettings
 from reflex.errors import StartError
 from reflex.net.doors import Visitor
@@ -138,13 +139,17 @@ async def test_a_forward_leads_to_its_target_and_resets_where_it_cannot() -> Non
 
 
 @in_loop
-async def test_above_max_connections_new_ones_are_closed_at_once() -> None:
+async def test_above_max_connections_new_ones_are_closed_at_once(caplog: pytest.LogCaptureFixture) -> None:
     async with Pair(outbound_limits=OutboundLimits(max_connections=1)) as pair:
+        pair.outbound._complaints = Complaints(interval_s=3600)
         with await pair.connect():
             await until(lambda: pair.outbound._visitors)
-            with await pair.connect() as second:
-                await second.expect_fin()
-        assert pair.outbound._counters.connections_refused == 1
+            for _ in range(2):
+                with await pair.connect() as second:
+                    await second.expect_fin()
+        assert pair.outbound._counters.connections_refused == 2
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert said == ["local connections are closed: there are 1 already (limits.max_connections)"]
         await until(lambda: not pair.outbound._visitors)
         with Origin() as origin:
             await pair.stream(origin)

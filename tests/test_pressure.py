@@ -6,7 +6,9 @@ import logging
 
 import pytest
 
-from reflex.net.pressure import Pressure
+from reflex.complaints import Complaints
+from reflex.net import pressure as pressure_module
+from reflex.net.pressure import Pressure, log_shed
 from reflex.protocol.window import Budget
 
 
@@ -25,3 +27,16 @@ def test_it_is_high_from_95_percent_on_and_each_change_is_logged_once(caplog: py
         "new streams are refused: 950 of 1000 bytes (limits.buffered_bytes) wait for slow readers",
         "enough bytes were read by now: nothing is refused any more",
     ]
+
+
+def test_streams_that_are_reset_for_want_of_memory_are_logged_once_in_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times_s = iter((0.0, 0.0, 9.0, 10.0))
+    monkeypatch.setattr(pressure_module, "_SHED", Complaints(lambda: next(times_s), interval_s=10))
+    budget = Budget(buffered_limit=1000)
+    budget.kept = 990
+    for _ in range(4):
+        log_shed(budget)
+    line = "streams are reset: 990 of 1000 bytes (limits.buffered_bytes) wait for slow readers, and more came"
+    assert caplog.messages == [line] * 2

@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 
+from reflex.complaints import Complaints
+from reflex.net import pressure as pressure_module
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.wire import STREAM_WINDOW, Code, FrameType
@@ -241,7 +243,10 @@ async def test_a_local_socket_that_is_full_before_anything_waits_gets_every_byte
 
 
 @in_loop
-async def test_where_memory_is_used_up_the_stream_that_keeps_most_is_reset_and_others_go_on(pools: Pools) -> None:
+async def test_where_memory_is_used_up_the_stream_that_keeps_most_is_reset_and_others_go_on(
+    pools: Pools, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pressure_module, "_SHED", Complaints())
     async with Rig(pools) as rig:
         rig.budget.buffered_limit = 96 * 1024
         large, small = [await relayed(rig, buffer_bytes=SMALL_BUFFERS) for _ in range(2)]
@@ -253,6 +258,7 @@ async def test_where_memory_is_used_up_the_stream_that_keeps_most_is_reset_and_o
             await large.ended()
             assert rig.budget.kept <= rig.budget.buffered_limit
             assert rig.counters.streams_shed == rig.counters.streams_reset == 1
+            assert sum("(limits.buffered_bytes) wait for slow readers" in line for line in caplog.messages) == 1
             assert (await rig.remote.see(EventKind.RESET, large.theirs.id)).number == Code.LIMIT
             await large.local.expect_reset()
             # The one that is left gets every byte, and so does one that keeps nothing.

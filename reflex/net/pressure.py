@@ -1,12 +1,19 @@
-"""Whether the memory for waiting bytes is nearly used up: asked before anything new is taken, and logged once."""
+"""Whether the memory for waiting bytes is nearly used up: asked before anything new is taken, and logged once.
+
+And what is logged where it is used up.
+"""
 
 from __future__ import annotations
 
 import logging
+from typing import Final
 
+from reflex.complaints import Complaints
 from reflex.protocol.window import Budget
 
 log = logging.getLogger(__name__)
+
+_SHED: Final = Complaints()  # of the process, as the memory is
 
 
 class Pressure:
@@ -38,3 +45,13 @@ class Pressure:
             else:
                 log.warning("enough bytes were read by now: nothing is refused any more")
         return is_high
+
+
+def log_shed(budget: Budget) -> None:
+    """A stream is reset because the memory is used up: logged now and then, however many are."""
+    if _SHED.is_due():
+        log.warning(
+            "streams are reset: %d of %d bytes (limits.buffered_bytes) wait for slow readers, and more came",
+            budget.kept,
+            budget.buffered_limit,
+        )

@@ -23,6 +23,7 @@ from typing import Final
 from reflex.metrics import Counters
 from reflex.net.backlog import Backlog
 from reflex.net.options import set_fin_on_close, set_unpaced
+from reflex.net.pressure import log_shed
 from reflex.net.talk import SHARED_READ_BYTES, SHARED_READS
 from reflex.net.tunnel import Tunnel
 from reflex.pool import TieredPool
@@ -348,6 +349,7 @@ class Relay:
         """The process has no memory left for what waits here."""
         if not self.ended:
             self._counters.streams_shed += 1
+            log_shed(self.tunnel.session.share.budget)
             self._reset_stream(Code.LIMIT)
 
     def on_local_error(self) -> None:
