@@ -7,9 +7,11 @@ import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from reflex.errors import StartError
+
+Result = TypeVar("Result")
 
 FILE_MODE: Final = 0o600  # SQLite gives its files beside one the same
 
@@ -47,16 +49,17 @@ def open_database(
     return database
 
 
-def in_transaction(database: sqlite3.Connection, action: Callable[[], object]) -> None:
-    """Do it whole or not at all. Raises sqlite3.Error."""
+def in_transaction(database: sqlite3.Connection, action: Callable[[], Result]) -> Result:
+    """Do it whole or not at all; return what ``action`` returned. Raises sqlite3.Error."""
     database.execute("BEGIN IMMEDIATE")
     try:
-        action()
+        result = action()
         database.execute("COMMIT")
     except BaseException:
         with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
             database.execute("ROLLBACK")
         raise
+    return result
 
 
 def reason_of(error: Exception) -> str:

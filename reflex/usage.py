@@ -64,12 +64,14 @@ class UsageFile:
         """Add the amounts, all or none; return every user's bytes of ``month`` afterwards. Raises sqlite3.Error."""
         rows = [(user_id, of, self._names[user_id], size) for (user_id, of), size in amounts.items()]
 
-        def add() -> None:
-            self._database.executemany(_ADD, rows)
+        def read() -> dict[str, int]:
+            return dict(self._database.execute(_READ, (month,)))
 
-        if rows:
-            in_transaction(self._database, add)
-        return dict(self._database.execute(_READ, (month,)))
+        def add_and_read() -> dict[str, int]:
+            self._database.executemany(_ADD, rows)
+            return read()  # before they are added for good: where it fails, the caller adds them again
+
+        return in_transaction(self._database, add_and_read) if rows else read()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -61,7 +61,7 @@ def test_a_change_is_whole_or_none(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         in_transaction(database, fail)
     assert numbers(database) == []
-    in_transaction(database, lambda: database.execute("INSERT INTO numbers VALUES (2)"))
+    assert in_transaction(database, lambda: database.execute("INSERT INTO numbers VALUES (2)").rowcount) == 1
     assert numbers(database) == [2]
     database.close()
 

@@ -102,6 +102,17 @@ def test_an_addition_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> Non
     file.close()
 
 
+def test_where_it_cannot_be_read_nothing_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "usage.sqlite"
+    file = UsageFile(path, NAMES)
+    with monkeypatch.context() as patch:
+        patch.setattr(usage_module, "_READ", "SELECT user_id, bytes FROM missing WHERE month = ?")
+        with pytest.raises(sqlite3.OperationalError, match="no such table"):
+            file.add({(ALICE, "2026-11"): 5}, "2026-11")
+    assert file.add({(ALICE, "2026-11"): 5}, "2026-11") == {ALICE: 5}
+    file.close()
+
+
 # Counting
 
 
