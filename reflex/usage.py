@@ -81,7 +81,9 @@ class UsageFile:
 def _prepare(database: sqlite3.Connection) -> None:
     def prepare() -> None:
         database.execute(_CREATE)
-        database.execute(f"PRAGMA user_version = {FILE_VERSION}")  # written each time: shows that it can be
+        # Written only where it must be: on a full disk a worker that has died could not be replaced.
+        if database.execute("PRAGMA user_version").fetchone() != (FILE_VERSION,):
+            database.execute(f"PRAGMA user_version = {FILE_VERSION}")
         database.execute(_READ, ("",))  # another program's table has other columns
 
     in_transaction(database, prepare)

@@ -54,6 +54,14 @@ def test_a_new_file_is_its_owners_alone_and_an_old_one_is_read(tmp_path: Path) -
     assert rows(path) == [(BOB, "2026-10", "bob", 7), (ALICE, "2026-11", "alicia", 10**15 + 5)]
 
 
+def test_a_file_that_is_there_is_opened_without_a_write(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+    UsageFile(path, NAMES).close()
+    before = path.read_bytes()
+    UsageFile(path, NAMES).close()
+    assert path.read_bytes() == before, "each write counts in the file's head"
+
+
 def test_two_who_write_add_up(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     files = [UsageFile(path, NAMES) for _ in range(2)]
