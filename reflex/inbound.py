@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from reflex.complaints import Complaints
+from reflex.complaints import Complaints, Throttle
 from reflex.config import InboundSettings
 from reflex.metrics import Counters, statistics_json
 from reflex.net.failures import Failures, source_of
@@ -99,6 +99,7 @@ class Inbound:
         )
         self._relays: set[Relay] = set()
         self._complaints = Complaints(self._loop.time)  # about new connections that are closed
+        self._throttles: dict[bytes, Throttle] = {}  # by user id
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._trimmer = Trimmer(self._loop, self._pools.buffers)
@@ -223,6 +224,7 @@ class Inbound:
             idle_timeout_s=self._settings.limits.idle_timeout_s,
             label=label,
             talk=self._talk,
+            throttle=self._throttles.setdefault(hello.user_id, Throttle(self._loop.time)),
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
             on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),

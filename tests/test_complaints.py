@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflex.complaints import Complaints
+from reflex.complaints import BURST_LINES, Complaints, Throttle
 
 
 class Clock:
@@ -56,3 +57,15 @@ def test_by_default_it_is_the_systems_clock() -> None:
     complaints = Complaints(interval_s=3600)
     assert complaints.is_due()
     assert not complaints.is_due()
+
+
+def test_of_each_kind_a_few_lines_keep_their_level_at_once_and_one_in_an_interval_then() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    levels = [throttle.level("lost", logging.INFO) for _ in range(BURST_LINES + 5)]
+    assert levels == [logging.INFO] * BURST_LINES + [logging.DEBUG] * 5
+    assert throttle.level("error", logging.WARNING) == logging.WARNING
+    clock.now_s += 25
+    assert [throttle.level("lost", logging.INFO) for _ in range(4)] == [logging.INFO] * 2 + [logging.DEBUG] * 2
+    clock.now_s += 10_000
+    assert [throttle.level("lost", logging.INFO) for _ in range(BURST_LINES + 1)].count(logging.INFO) == BURST_LINES

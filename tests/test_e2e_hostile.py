@@ -79,6 +79,7 @@ WORST_WAIT_S: Final = 5.0
 KEPT_BY_POOLS: Final = sum(size * count for size, count in TIER_MAX_FREE.items())
 ALLOWED_BYTES: Final = KEPT_BY_POOLS + 2 * MAX_UNSENT_BYTES + SESSION_WINDOW + 2 * MAX_RECORD_SIZE + STREAMS * 5 * 1024
 LOG_LINES: Final = 10  # that an attack may cost
+MALLORIES: Final = 8
 BULK_BYTES: Final = 100_000
 UNITS_PER_CALL: Final = 4_000  # of a flood; see reflex.protocol.allowance
 FILLING_S: Final = 5.0  # longer than it takes to fill the sockets between the two
@@ -117,10 +118,13 @@ class Spring(LoopbackServer):
 
 @dataclass
 class Scene:
-    """A pair with an honest user, a second user for the test, and targets."""
+    """A pair with an honest user, others for the tests, and targets.
+
+    They take turns: of one user's protocol errors the server logs only so many in a row.
+    """
 
     pair: Pair
-    mallory: Keys
+    mallories: Iterator[Keys]
     origin: Origin
     sink: Sink
     spring: Spring
@@ -130,7 +134,7 @@ class Scene:
         return self.pair.inbound
 
     def attacker(self, *, receive_buffer_bytes: int = 0) -> HostilePeer:
-        return hostile_client(self.mallory, self.pair.inbound_port, receive_buffer_bytes=receive_buffer_bytes)
+        return hostile_client(next(self.mallories), self.pair.inbound_port, receive_buffer_bytes=receive_buffer_bytes)
 
     @contextlib.contextmanager
     def watched(self, *, allowed_bytes: int = ALLOWED_BYTES, log_lines: int = LOG_LINES) -> Iterator[Observer]:
@@ -169,7 +173,7 @@ class Scene:
         with self.attacker() as peer:
             if attack(peer) is False:
                 return
-            self.server.wait_for_line(rf"mallory at .*protocol error, .*{reason}", timeout_s=TIMEOUT_S, since=since)
+            self.server.wait_for_line(rf"mallory-\d at .*protocol error, .*{reason}", timeout_s=TIMEOUT_S, since=since)
 
     def statistics(self) -> dict[str, Any]:
         since = len(self.server.lines)
@@ -185,8 +189,11 @@ class Scene:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with Origin() as origin, Sink() as sink, Spring() as spring:
         keys = Keys.generate()
-        mallory = another_user(keys)
-        users = [{}, {"name": "mallory", "id": mallory.user_id, "key": mallory.user_key}]
+        mallories = [another_user(keys) for _ in range(MALLORIES)]
+        users = [
+            {},
+            *({"name": f"mallory-{n}", "id": each.user_id, "key": each.user_key} for n, each in enumerate(mallories)),
+        ]
         settings = {
             "users": users,
             "limits": {"max_streams": STREAMS},
@@ -194,7 +201,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         }
         directory = tmp_path_factory.mktemp("hostile")
         with make_pair(directory, keys=keys, inbound=settings) as pair:
-            yield Scene(pair, mallory, origin, sink, spring)
+            yield Scene(pair, itertools.cycle(mallories), origin, sink, spring)
 
 
 def drain(peer: HostilePeer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reflex.complaints import Complaints
+from reflex.complaints import BURST_LINES, Complaints
 from reflex.config import InboundLimits
 from reflex.inbound import Inbound
 from reflex.net.listener import open_listening
@@ -43,6 +43,19 @@ async def test_above_max_connections_new_ones_are_closed_at_once(caplog: pytest.
         assert inbound._counters.connections_displaced == 0
         for remote in remotes:
             remote.leave()
+
+
+@in_loop
+async def test_a_user_whose_tunnels_break_without_end_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    keys = Keys.generate()
+    async with running_inbound(inbound_settings(keys)) as (inbound, port):
+        for _ in range(BURST_LINES + 3):
+            (await raw_client(port, keys)).leave()
+        await until(lambda: inbound._counters.tunnels_lost == BURST_LINES + 3)
+    levels = [record.levelno for record in caplog.records if "streams are reset" in record.getMessage()]
+    assert len(levels) == BURST_LINES + 3
+    assert levels.count(logging.DEBUG) in (2, 3), "one more where the machine took over ten seconds"
 
 
 @in_loop

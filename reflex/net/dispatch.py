@@ -49,7 +49,7 @@ def dispatch(tunnel: Tunnel, event: Event) -> None:
                 if each.owner is not None:
                     each.owner.on_writable()
         elif kind is EventKind.GOAWAY:
-            log.info("%s: the peer takes no new streams (%s)", tunnel._label, _code_name(event.number))
+            tunnel.say(logging.INFO, "goaway", f"the peer takes no new streams ({_code_name(event.number)})")
             tunnel.stream_ended()
         elif kind is EventKind.SETTINGS:
             if tunnel._on_settings is not None and tunnel.session.peer_time_ms and not tunnel.settled.is_set():

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
+from reflex.complaints import Throttle
 from reflex.errors import ProtocolError
 from reflex.loop import DirectLoop
 from reflex.metrics import Counters
@@ -78,6 +79,7 @@ class Tunnel:
         idle_timeout_s: a stream without a byte in either direction for so long is reset.
         label: who is at the other end, for the log.
         talk: shared by all tunnels of the process; None for one of its own.
+        throttle: of the lines that the peer can cause; None where each is logged.
     """
 
     __slots__ = (
@@ -97,6 +99,7 @@ class Tunnel:
         "_on_settings",
         "_on_stream_end",
         "_sock",
+        "_throttle",
         "_tick_s",
         "_tick_timer",
         "_waiting",
@@ -136,6 +139,7 @@ class Tunnel:
         on_broken: Callable[[], None] | None = None,
         on_discard: Callable[[int], None] | None = None,
         talk: Talk | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._loop = loop
         self._at_turn_end = loop.at_turn_end if isinstance(loop, DirectLoop) else loop.call_soon
@@ -148,6 +152,7 @@ class Tunnel:
         self.talk = talk or Talk()
         self._counters = counters
         self._label = label
+        self._throttle = throttle
         self._on_end = on_end
         self._on_open = on_open
         self._on_settings = on_settings
@@ -397,13 +402,18 @@ class Tunnel:
         except OSError:
             self._finish_end()
 
+    def say(self, level: int, kind: str, text: str) -> None:
+        """A line that the peer can cause as often as it likes."""
+        throttle = self._throttle
+        log.log(level if throttle is None else throttle.level(kind, level), "%s: %s", self._label, text)
+
     def cut(self, reason: str) -> None:
         """The connection is gone, or is to go: every relay is reset at once."""
         if self.ended:
             return
         if not self.session.close_sent:
             self._counters.tunnels_lost += 1
-            log.info("%s: %s; %d streams are reset", self._label, reason, len(self.session.streams))
+            self.say(logging.INFO, "lost", f"{reason}; {self.stream_count} streams are reset")
         self._finish_end()
 
     def _finish_end(self) -> None:
@@ -436,7 +446,7 @@ class Tunnel:
 
     def _fail(self, error: ProtocolError) -> None:
         """Fatal error: send nothing, swallow what comes for a random time or length, close."""
-        log.warning("%s: protocol error, %d streams are reset: %s", self._label, self.stream_count, error)
+        self.say(logging.WARNING, "error", f"protocol error, {self.stream_count} streams are reset: {error}")
         self._counters.protocol_errors += 1
         if self._on_broken is not None and not self.ended:
             self._on_broken()
