@@ -18,7 +18,7 @@ from collections import OrderedDict
 from typing import Final
 
 FAILURES_PER_S: Final = 20  # a person with wrong keys makes one or two; a scanner makes what it is given
-MAX_ADDRESSES: Final = 4_096  # about 600 KB when full
+MAX_ADDRESSES: Final = 4_096  # about 800 KB when full
 IPV6_PREFIX_SIZE: Final = 8  # bytes: a /64
 FORGOTTEN_PER_CALL: Final = 2  # more than come, so that they grow fewer, and no call takes long
 _INTERVAL_S: Final = 1 / FAILURES_PER_S
