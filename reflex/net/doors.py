@@ -283,9 +283,10 @@ class DoorRelay(Relay):
 
     def on_idle(self) -> None:
         """No byte for the idle time-out; where there is no answer to the OPEN yet, none is awaited any longer."""
-        if self._is_opened:
+        if self._is_opened or self.ended:
             super().on_idle()
             return
+        self._counters.streams_reset += 1
         self._give_up(Code.IDLE)
         self._visitor.refused(Status.TIMED_OUT)
 
