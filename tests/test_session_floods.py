@@ -308,7 +308,10 @@ def test_a_session_with_as_many_streams_as_there_may_be_survives_the_end_of_all_
 
 
 @pytest.mark.parametrize("of_server", [True, False])
-def test_what_a_peer_says_of_streams_gives_it_nothing(pools: Pools, of_server: bool) -> None:
+def test_what_a_peer_says_of_streams_gives_it_nothing(
+    pools: Pools,
+    of_server: bool,  # noqa: FBT001
+) -> None:
     with peer_of(pools, of_server=of_server) as peer:
         for count in (10_000, 1, 2**60):
             peer.write(FrameType.SETTINGS, 0, SETTING.pack(Setting.MAX_STREAMS, count))
