@@ -64,7 +64,7 @@ class _DirectSelector(selectors.BaseSelector):
         # By descriptor. Lists, since descriptors are small and a list never moves while it is not grown.
         self.readers: list[Callback | None] = [None] * FIRST_DESCRIPTORS
         self.writers: list[Callback | None] = [None] * FIRST_DESCRIPTORS
-        self.fresh: list[int] = []  # few; registered while events of one poll are handled: none of them are theirs
+        self.fresh: list[int] = []  # registered while events of one poll are handled: none of them are theirs
         self.turn_end: list[Callback] = []
         self.is_wanted = False  # asyncio has something to do
         self.is_expecting = False  # see DirectLoop.expect_soon

@@ -6,12 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflex.config.shared import MAX_STREAMS
 from reflex.errors import ProtocolError
 from reflex.protocol.allowance import (
     ABANDONED_COST,
     BURST_UNITS,
-    MOST_STREAMS,
     UNITS_PER_S,
     UNITS_PER_STREAM,
     Allowance,
@@ -41,7 +39,6 @@ def test_time_gives_units_back_up_to_the_burst() -> None:
 
 def test_more_streams_are_a_larger_burst_at_once_and_fewer_change_nothing() -> None:
     assert UNITS_PER_STREAM == 2 * ABANDONED_COST
-    assert MOST_STREAMS == MAX_STREAMS
     allowance = Allowance(START_S)
     allowance.allow_streams(BURST_UNITS // UNITS_PER_STREAM)
     assert allowance.burst_units == BURST_UNITS

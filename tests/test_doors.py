@@ -10,6 +10,7 @@ import pytest
 
 from reflex.errors import TunnelError
 from reflex.net.doors import ATTEMPTS, Door, Visitor
+from reflex.net.options import set_reset_on_close
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
@@ -57,6 +58,8 @@ class Entrance:
         self.ends: list[Visitor] = []
         connector: Any = self.connector
         near, far = tcp_pair()
+        if target is not None:
+            set_reset_on_close(far)  # as its listener does
         self.end = End(near)
         self.visitor = Visitor(
             Door(
@@ -200,6 +203,18 @@ def test_an_untouched_request_is_tried_on_other_tunnels_a_few_times(pools: Pools
             assert door.connector.asked == ATTEMPTS
 
     is_tried()
+
+
+@in_loop
+async def test_a_forward_that_waits_for_its_next_tunnel_ends_with_a_reset_where_the_daemon_does(pools: Pools) -> None:
+    """FIN would be an answer: that there is none."""
+    async with Rig(pools, is_client=True) as rig:
+        door = Entrance(rig, target=TARGET)
+        rig.remote.session.reset(await door.give(), Code.CANCELLED)
+        await rig.remote.flush()
+        await until(lambda: door.connector.waiting)
+        door.visitor.end()
+        await door.end.expect_reset()
 
 
 @pytest.mark.parametrize("code", [Code.INTERNAL, Code.LIMIT])

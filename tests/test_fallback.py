@@ -420,49 +420,54 @@ async def test_a_side_that_is_not_read_is_only_looked_at() -> None:
 # At the end of the daemon.
 
 
+async def end_those_that_are_idle(joins: list[Joined], *, looks: int) -> None:
+    """As at the end of a daemon, until the last of them has ended or it was looked so often."""
+    ended = asyncio.Event()
+    left = looks
+
+    def fallbacks() -> list[Fallback]:
+        nonlocal left
+        left -= 1
+        there = [join.fallback for join in joins if not join.fallback.ended]
+        if not there or not left:
+            ended.set()
+        return there
+
+    async with asyncio.timeout(DEADLINE_S):
+        await end_idle(fallbacks, ended)
+
+
 @in_loop
-async def test_at_the_end_those_are_ended_over_which_nothing_moves_once_nothing_does(
+async def test_at_the_end_those_are_ended_that_are_not_served_once_nothing_moves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fallback_module, "IDLE_S", 0.02)
-    ended = asyncio.Event()
-    with Origin() as web, joined(web.address) as idle, joined(web.address) as busy:
-        looks_after: list[int] = []
-
-        def fallbacks() -> list[Fallback]:
-            if idle.fallback.ended:
-                looks_after.append(0)
-            if len(looks_after) < 5:
-                busy.fallback.moved_bytes += 1
-            if busy.fallback.ended:
-                ended.set()
-            return [join.fallback for join in (idle, busy) if not join.fallback.ended]
-
-        async with asyncio.timeout(DEADLINE_S):
-            await end_idle(fallbacks, ended)
-        assert len(looks_after) > 5
-        for join in (idle, busy):
+    with Origin() as web, joined(web.address) as silent, joined(web.address, b"asks") as answered:
+        for join in (silent, answered):
+            server = await web.accept()
+            if join is answered:
+                await server.send(b"answer")
+                assert await join.client.receive(6) == b"answer"
+        await end_those_that_are_idle([silent, answered], looks=1_000)
+        for join in (silent, answered):
             await join.client.expect_fin()
             await join.ended()
 
 
 @in_loop
-async def test_what_moves_is_counted_and_what_waits_is_lost_with_a_reset() -> None:
-    with Origin(receive_buffer_bytes=SMALL_BUFFERS) as web, joined(web.address) as join:
+async def test_at_the_end_who_waits_for_an_answer_or_reads_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback_module, "IDLE_S", 0.02)
+    with (
+        Origin() as web,
+        joined(web.address, b"asks") as waits,
+        joined(web.address, b"asks", buffer_bytes=SMALL_BUFFERS) as reads,
+    ):
+        await web.accept()
         server = await web.accept()
-        await server.send(b"four")
-        assert await join.client.receive(4) == b"four"
-        assert join.fallback.moved_bytes == 8  # in and out
-        while not (join.fallback._server and join.fallback._server.backlog.size_bytes):
-            join.client.fill()
+        while not reads.fallback._client.backlog.size_bytes:
+            server.fill()
             await asyncio.sleep(0)
-        join.fallback.end_idle()
-        await join.client.expect_reset()
-        await join.ended()
-
-
-@in_loop
-async def test_one_that_is_not_connected_yet_is_idle(far_away: None) -> None:
-    with Origin() as web, joined(web.address) as join:
-        join.fallback.end_idle()
-        await join.client.expect_fin()
+        await end_those_that_are_idle([waits, reads], looks=20)
+        assert not waits.fallback.ended
+        assert not reads.fallback.ended
+        assert waits.fallback.moved_bytes == 4

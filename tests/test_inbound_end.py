@@ -109,6 +109,8 @@ async def test_draining_does_not_wait_for_idle_browsers(
                 await browser.send(b"GET /")
                 server = await web.accept()
                 assert await server.receive(5) == b"GET /"
+                await server.send(b"answer")
+                assert await browser.receive(6) == b"answer"
                 async with asyncio.timeout(DEADLINE_S):
                     await inbound.drain()
                 await browser.expect_fin()

@@ -230,6 +230,33 @@ async def test_a_refusal_ends_a_relay_with_a_reset(pools: Pools) -> None:
         near.close()
 
 
+@pytest.mark.parametrize("has_backlog", [False, True])
+def test_an_answer_that_came_before_a_reset_goes_first_though_a_send_finds_it(
+    pools: Pools,
+    has_backlog: bool,  # noqa: FBT001
+) -> None:
+    """A web server that refuses a large upload: its answer, then RST, since it has not read all."""
+
+    @in_loop
+    async def goes_first() -> None:
+        async with Rig(pools) as rig:
+            joined = await relayed(rig, buffer_bytes=SMALL_BUFFERS)
+            if has_backlog:
+                await send_into(rig, joined.theirs, bytes(STREAM_WINDOW))
+                await until(lambda: joined.relay.waiting_bytes)
+            answer = bytes(range(250)) * 8
+            assert joined.local.sock.send(answer) == len(answer)
+            rig.loop.remove_reader(joined.relay.fd)  # the send is to find it first
+            joined.local.reset()
+            if not has_backlog:
+                await send_into(rig, joined.theirs, b"x")
+            assert await rig.remote.receive(joined.theirs, len(answer)) == answer
+            assert (await rig.remote.see(EventKind.RESET, joined.theirs.id)).number == Code.TARGET_RESET
+            await joined.ended()
+
+    goes_first()
+
+
 # Time
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from functools import partial
@@ -13,6 +14,7 @@ from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.wire import (
     CODE,
+    INCREMENT,
     STREAM_WINDOW,
     Code,
     FrameType,
@@ -115,6 +117,32 @@ def test_what_was_sent_before_a_close_arrives_however_slowly_the_peer_reads(
             await rig.remote.read_to_end()
             assert len(rig.remote.side.got.get(theirs.id, b"")) == STREAM_WINDOW
             assert rig.remote.session.close_received
+
+    arrives()
+
+
+def test_what_the_kernel_has_not_delivered_is_not_lost_where_the_peer_goes_on_to_give_credit(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes for a socket that is closed is answered by RST, and takes with it what was sent before."""
+    monkeypatch.setattr(tunnel_module, "CLOSE_WAIT_S", 0.01)
+
+    @in_loop
+    async def arrives() -> None:
+        async with Rig(pools) as rig:
+            owner, theirs = await accepted(rig)
+            rig.session.send(owner.stream, bytes(STREAM_WINDOW))
+            rig.session.finish(owner.stream)
+            await rig.remote.write(FrameType.DATA_FIN, theirs.id)
+            await until(lambda: not rig.session.streams)
+            rig.tunnel.close(Code.NONE)
+            await until(lambda: rig.session.close_sent and not rig.session.unsent_bytes)
+            await asyncio.sleep(0.1)
+            await rig.remote.write(FrameType.WINDOW, theirs.id, INCREMENT.pack(STREAM_WINDOW))
+            await rig.remote.read_to_end()
+            assert len(rig.remote.side.got.get(theirs.id, b"")) == STREAM_WINDOW
+            assert rig.remote.session.close_received
+            await until(lambda: rig.tunnel.ended)
 
     arrives()
 

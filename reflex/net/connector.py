@@ -204,16 +204,18 @@ class Connector:
             if not tunnel.has_room and not tunnel.stream_count:
                 # Dialled again at once it would end in the same, and who changes what passes could make it do so.
                 server.failed(self._loop.time())
-                if is_spare:
-                    self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
                 reason = _why_of_no_use(tunnel)
                 self._warn(str(server.address), reason)
                 reasons.append(f"{server.address}: {reason}")
                 continue
             server.succeeded()
+            self._complaints.pop(str(server.address), None)  # the next trouble is a new one
             self.room_was_made()
             return
-        if not (is_probe or is_spare):  # nobody waits for those; who came meanwhile gets a dial of its own
+        # Nobody waits for a probe or a spare tunnel; who came meanwhile gets a dial of its own.
+        if is_spare:
+            self._no_spare_before_s = self._loop.time() + SPARE_PAUSE_S
+        elif not is_probe:
             self._dial_failed(asyncio.current_task(), TunnelError("; ".join(reasons)))
 
     def _warn(self, whose: str, text: str) -> None:

@@ -135,8 +135,8 @@ class Visitor:
         tunnel.flush_soon()
         self._was_settled = tunnel.settled.is_set()
         door.counters.streams_opened += 1
-        if door.target is None or self._attempts > 1:
-            set_reset_on_close(self._sock)  # a forward's is from the start; until the last try has failed
+        if door.target is None:
+            set_reset_on_close(self._sock)  # a forward's is from the start
         self._relay = DoorRelay(door, self, tunnel, stream, self._sock)
         if tunnel.vigil is not None:
             tunnel.vigil.called()
@@ -187,6 +187,7 @@ class Visitor:
 
     def _refuse(self, status: int) -> None:
         if self._parser is not None:
+            set_fin_on_close(self._sock)
             self._say(reply(status))
         else:
             set_reset_on_close(self._sock)
@@ -283,9 +284,10 @@ class DoorRelay(Relay):
 
     def on_idle(self) -> None:
         """No byte for the idle time-out; where there is no answer to the OPEN yet, none is awaited any longer."""
-        if self._is_opened:
+        if self._is_opened or self.ended:
             super().on_idle()
             return
+        self._counters.streams_reset += 1
         self._give_up(Code.IDLE)
         self._visitor.refused(Status.TIMED_OUT)
 
@@ -309,8 +311,6 @@ class DoorRelay(Relay):
         self.ended = True
         self.tunnel.forget(self)
         self._pause()
-        if self._sock is not None:
-            set_fin_on_close(self._sock)
         if self.tunnel.last_talker is self:
             self.tunnel.last_talker = None
         self.stream.owner = None

@@ -35,7 +35,7 @@ LOOK_S: Final = 5.0  # how often it is looked whether a connection is gone that 
 
 
 async def end_idle(fallbacks: Callable[[], Iterable[Fallback]], ended: asyncio.Event) -> None:
-    """For the end of a daemon: until ``ended`` is set, end those over which no byte has moved for IDLE_S.
+    """For the end of a daemon: until ``ended`` is set, end those that nobody serves, and that are silent for IDLE_S.
 
     A browser keeps its connections for minutes, without a use for them.
 
@@ -51,8 +51,8 @@ async def end_idle(fallbacks: Callable[[], Iterable[Fallback]], ended: asyncio.E
             moved_bytes, since_s = before.get(fallback, (-1, now_s))
             if moved_bytes != fallback.moved_bytes:
                 since_s = now_s
-            if now_s - since_s >= IDLE_S:
-                fallback.end_idle()
+            if not fallback.is_served and now_s - since_s >= IDLE_S:
+                fallback.end(reset=False)
             else:
                 seen[fallback] = fallback.moved_bytes, since_s
         with contextlib.suppress(TimeoutError):
@@ -95,6 +95,7 @@ class Fallback:
         "_buffers",
         "_client",
         "_complaints",
+        "_is_asked",
         "_look_timer",
         "_loop",
         "_on_end",
@@ -127,6 +128,7 @@ class Fallback:
         self._timer: asyncio.TimerHandle | None = None  # runs once the client has the web server's FIN
         self.ended = False
         self.moved_bytes = 0
+        self._is_asked = bool(first)  # the last bytes were the client's
         self._look_timer: asyncio.TimerHandle | None = None  # runs once both are there
         try:
             server = begin_connect(address)
@@ -232,6 +234,7 @@ class Fallback:
             self._buffers.release(buffer, size)
         if size:
             self.moved_bytes += size
+            self._is_asked = side is self._client
             if self._timer is not None:
                 self._await_client()
             self._write(other)
@@ -292,10 +295,10 @@ class Fallback:
     def _forget(self) -> None:
         self.end(reset=False)
 
-    def end_idle(self) -> None:
-        """Close both sockets: nothing has moved for a while. With RST only where bytes wait that are lost by it."""
-        sides = (self._client, self._server)
-        self.end(reset=any(side is not None and side.backlog.size_bytes for side in sides))
+    @property
+    def is_served(self) -> bool:
+        """Whether the client spoke last, and so waits for an answer, or has not taken all of one."""
+        return self._is_asked or bool(self._client.backlog.size_bytes)
 
     def end(self, *, reset: bool) -> None:
         """Close both sockets, with RST where ``reset``. Once; then nothing."""

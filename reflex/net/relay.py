@@ -214,7 +214,7 @@ class Relay:
                 sent = 0
             except OSError:
                 tunnel.session.consumed(self.stream, size)
-                self.on_local_error()
+                self._on_send_error()
                 return
             if sent:
                 tunnel.session.consumed(self.stream, sent)
@@ -256,7 +256,7 @@ class Relay:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
-                self.on_local_error()
+                self._on_send_error()
                 return
             backlog.taken(size)
             session.consumed(self.stream, size)
@@ -355,6 +355,24 @@ class Relay:
     def on_local_error(self) -> None:
         """The local socket failed or was reset: so is the stream."""
         self._reset_stream(Code.TARGET_RESET)
+
+    def _on_send_error(self) -> None:
+        """The local socket takes nothing more; what came from it before goes first, as far as it may be read now."""
+        if self._is_reading and not self.tunnel.is_blocked:
+            self._read_last()
+        self.on_local_error()
+
+    def _read_last(self) -> None:
+        session = self.tunnel.session
+        while (view := session.reserve(self.stream, MAX_READ_BYTES)) is not None:
+            try:
+                size = self._sock.recv_into(view)  # type: ignore[union-attr]  # it is read
+            except OSError:
+                return
+            if not size:
+                return  # the socket's error was told by its send: this is no FIN
+            session.commit(self.stream, size)
+            self._counters.bytes_into_tunnels += size
 
     def _reset_stream(self, code: Code) -> None:
         if self.ended:

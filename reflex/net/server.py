@@ -128,9 +128,9 @@ class Server:
         Raises:
             TunnelError: its text says what is wrong, for the log.
         """
-        used_s = self._hello_shift_s()
+        used_s = self._hello_shift_s
         try:
-            return await self._attempt()
+            return await self._attempt(used_s)
         except _NotAnswered as error:
             shift_s = await self._shift_by_date()
             if shift_s is None:
@@ -157,17 +157,12 @@ class Server:
                     f"{error}; this machine's clock is off by {-shift_s:+d} s, too much to make up for: set it right"
                 ) from None
             # A Date is cut to whole seconds: rather a second ahead than from before a server's start.
-            before = self._boot_to_server_s, self._goes_by_own_clock
-            self._learn_shift(shift_s if is_near else shift_s + 1)
-            is_proven = False
+            new_s = shift_s if is_near else shift_s + 1
             try:
-                made = await self._attempt()
-                is_proven = True
+                made = await self._attempt(new_s)
             except _NotAnswered as again:
                 raise TunnelError(f"{again}{why}") from None
-            finally:
-                if not is_proven:  # anybody on the way can tell a Date
-                    self._boot_to_server_s, self._goes_by_own_clock = before
+            self._learn_shift(new_s)  # only now: anybody on the way can tell a Date
             return made
 
     def _advice(self) -> str:
@@ -176,7 +171,8 @@ class Server:
             f" more than {HELLO_TIME_LIMIT_S} s (it says {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC)"
         )
 
-    async def _attempt(self) -> tuple[socket.socket, SessionSecrets]:
+    async def _attempt(self, shift_s: int) -> tuple[socket.socket, SessionSecrets]:
+        """Connect, and shake hands with a hello of a time so far ahead of this machine's."""
         try:
             sock = await dial(
                 self.address,
@@ -191,7 +187,7 @@ class Server:
         self._is_own_fault = False
         try:
             async with asyncio.timeout(self._handshake_timeout_s):
-                return sock, await self._shake_hands(sock)
+                return sock, await self._shake_hands(sock, shift_s)
         except TimeoutError:
             sock.close()
             raise _NotAnswered(f"the server did not answer the hello within {self._handshake_timeout_s:g} s") from None
@@ -199,12 +195,12 @@ class Server:
             sock.close()
             raise
 
-    async def _shake_hands(self, sock: socket.socket) -> SessionSecrets:
+    async def _shake_hands(self, sock: socket.socket, shift_s: int) -> SessionSecrets:
         loop = asyncio.get_running_loop()
         handshake = ClientHandshake(
             self._credentials,
             suite=self._suite,
-            time_s=self._hello_time_s(),
+            time_s=int(time.time()) + shift_s,
             random_bytes=secrets.token_bytes,
         )
         hello = self._pools.client_hellos.acquire()
@@ -262,11 +258,10 @@ class Server:
             return 0
         return round(boot_time_s() + self._boot_to_server_s - time.time())
 
+    @property
     def _hello_shift_s(self) -> int:
+        """How far the next hello's time is ahead of this machine's."""
         return 0 if self._goes_by_own_clock else self._learnt_shift_s
-
-    def _hello_time_s(self) -> int:
-        return int(time.time()) + self._hello_shift_s()
 
 
 class _NotAnswered(Exception):  # never leaves this module

@@ -31,6 +31,7 @@ from reflex.errors import ProtocolError
 from reflex.loop import DirectLoop
 from reflex.metrics import Counters
 from reflex.net.dispatch import StreamOwner, dispatch
+from reflex.net.farewell import Farewell
 from reflex.net.silence import Silence
 from reflex.net.talk import Talk
 from reflex.net.upkeep import on_tick, ticks_for, watch
@@ -173,7 +174,7 @@ class Tunnel:
         self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
         self.idle_since_s = loop.time()
         self.silence: Silence | None = None  # after a fatal error, what reads the socket to its end
-        self._close_timer: asyncio.TimerHandle | None = None
+        self._close_timer: asyncio.TimerHandle | Farewell | None = None
         self.tick = 0
         self.turn = 0  # how often it was read
         self._tick_s, self._idle_ticks = ticks_for(idle_timeout_s)
@@ -396,11 +397,15 @@ class Tunnel:
     def _shut_down(self) -> None:
         if self._close_timer is not None:
             self._close_timer.cancel()
-        self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self._finish_end)
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._finish_end()
+            return
+        idle_s = self._tick_s * self._idle_ticks
+        self._close_timer = Farewell(
+            self._loop, self._sock, wait_s=CLOSE_WAIT_S, idle_s=idle_s, on_end=self._finish_end
+        )
 
     def say(self, level: int, kind: str, text: str) -> None:
         """A line that the peer can cause as often as it likes."""

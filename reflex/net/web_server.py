@@ -43,7 +43,7 @@ def find_web_server(host: str, port: int, listening: Sequence[socket.socket]) ->
         listening: this server's own sockets.
 
     Raises:
-        StartError: the name has no address, or none but this server's own.
+        StartError: the name has no address, none that can be one, or none but this server's own.
     """
     try:
         found = checked(host, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP))
@@ -52,7 +52,10 @@ def find_web_server(host: str, port: int, listening: Sequence[socket.socket]) ->
     except (OSError, ValueError) as error:
         raise StartError(f"fallback: {failure(host, error)}") from error
     every = [Address.of(str(info[4][0]), port) for info in found]
-    others = [address for address in every if not _is_listened_on(address, listening)]
+    try:
+        others = [address for address in every if not _is_listened_on(address, listening)]
+    except OSError as error:
+        raise StartError(f"fallback: {host}: {error.strerror or error}") from error
     if not others:
         raise StartError(f"fallback: {every[0]} is this server itself")
     if len(others) == 1:

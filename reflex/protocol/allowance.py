@@ -26,7 +26,6 @@ ABANDONED_COST: Final = 10  # a RESET before OPENED: a stream was made for nothi
 SESSION_COST: Final = 100  # SETTINGS and GOAWAY, of which a session needs one or two
 # A session may end all the streams that it may have at once, unanswered and with answers under way.
 UNITS_PER_STREAM: Final = 2 * ABANDONED_COST
-MOST_STREAMS: Final = 65_536  # of what a server allows, which a hostile one may make as large as it likes
 # A WINDOW or a late DATA frame below this is charged: so few bytes are not worth a frame.
 USEFUL_BYTES: Final = 1_024
 
@@ -47,7 +46,7 @@ class Allowance:
 
     def allow_streams(self, count: int) -> None:
         """The session may have so many streams at once: the burst is enough for the end of all of them."""
-        more_units = UNITS_PER_STREAM * min(count, MOST_STREAMS) - self.burst_units
+        more_units = UNITS_PER_STREAM * count - self.burst_units
         if more_units > 0:
             self.burst_units += more_units
             self._left += more_units

@@ -219,8 +219,6 @@ def on_settings(session: Session, frame: Frame) -> Iterator[Event]:
     for setting, value in read_settings(frame):
         if setting == Setting.MAX_STREAMS:
             session._peer_max_streams = value
-            if session._is_client:
-                session._allowance.allow_streams(value)
         elif setting == Setting.TIME_MS:
             session.peer_time_ms = value
         elif setting == Setting.KEEPALIVE_MS:
