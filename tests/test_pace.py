@@ -255,3 +255,26 @@ def test_dials_of_all_workers_count() -> None:
     assert [one.book() for _ in range(3)] == [0.0] * 3
     assert [two.book() for _ in range(3)] == pytest.approx([0, 0, 0.2])
     assert one.book() == pytest.approx(0.4)
+
+
+def test_a_worker_that_was_idle_knows_what_the_others_have_dialled_meanwhile() -> None:
+    loop = FakeLoop()
+    table = UserTable(4, 1)
+    workers = [dials_of(loop, 20, table=table, worker=number) for number in (1, 2, 3, 4)]
+    loop.run(10)
+    waits = [dials.book() for dials in workers for _ in range(20)]
+    assert waits == pytest.approx([0.0] * 20 + [number / 20 for number in range(1, 41)] + [None] * 20)
+    loop.run(0.5)
+    assert [workers[3].book() for _ in range(2)] == pytest.approx([1.55, 1.6])
+
+
+def test_workers_that_dial_by_turns_keep_the_rate_together() -> None:
+    loop = FakeLoop()
+    table = UserTable(3, 1)
+    workers = [dials_of(loop, 4, table=table, worker=number) for number in (1, 2, 3)]
+    dialled = 0
+    for number in range(600):
+        dialled += workers[number * number % 3].book() is not None
+        loop.run(0.1)
+    # In 60 s, after a second's worth, and with what waits for up to 2 s.
+    assert dialled == pytest.approx(4 * (60 + 1 + 2), abs=1)

@@ -1,8 +1,9 @@
 """How fast a user may go: bytes in a second for one direction, and dials in a second.
 
-Both are token buckets. All workers of a server have each the whole bucket, and take from theirs as well what they
-see that the others took (:class:`reflex.worker.UserRow`): so the rate holds for all together, without a question
-and an answer for it. Between two looks they may take too much, and make up for it after the next one.
+Both are token buckets. Of bytes, all workers of a server have each the whole bucket, and take from theirs as well
+what they see that the others took (:class:`reflex.worker.UserRow`): so the rate holds for all together, without a
+question and an answer for it. Between two looks they may take too much, and make up for it after the next one.
+Of dials there is one bucket, which all of them read and write.
 
 Who finds the bucket of bytes empty waits in a queue. One timer, which runs while somebody waits, serves it in turn.
 """
@@ -20,6 +21,8 @@ TICK_S: Final = 0.04  # how often those who wait are served, and the other worke
 MIN_BURST_BYTES: Final = 2_048
 MIN_GRANT_BYTES: Final = 1_024  # less is not worth a record
 MIN_SHARE_BYTES: Final = 4_096  # of one who waits, in one turn: more of them get less often, not less at once
+
+NS_PER_S: Final = 1_000_000_000
 
 Waiter = Callable[[], None]
 
@@ -150,33 +153,30 @@ class DialPace:
         max_wait_s: who would have to wait for longer is refused.
     """
 
-    __slots__ = ("_balance", "_burst", "_dials", "_last_s", "_loop", "_max_wait_s", "_rate", "_row", "_seen")
+    __slots__ = ("_burst_ns", "_interval_ns", "_loop", "_max_wait_ns", "_row")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, dials_per_s: float, row: UserRow, *, max_wait_s: float) -> None:
         self._loop = loop
-        self._rate = dials_per_s
-        self._burst = max(1.0, dials_per_s)
-        self._balance = self._burst  # below 0: so many have been promised their time
-        self._last_s = loop.time()
+        self._interval_ns = round(NS_PER_S / dials_per_s)
+        self._burst_ns = max(self._interval_ns, NS_PER_S)
         self._row = row
-        self._seen = row.elsewhere(UserField.DIALS)
-        self._dials = 0
-        self._max_wait_s = max_wait_s
+        self._max_wait_ns = round(max_wait_s * NS_PER_S)
 
     def book(self) -> float | None:
-        """How long the next dial has to wait, in seconds; None where that would be too long."""
-        now_s = self._loop.time()
-        dialled, self._seen = _growth(self._row.elsewhere(UserField.DIALS), self._seen)
-        gained = self._rate * (now_s - self._last_s) - dialled
-        self._last_s = now_s
-        self._balance = min(self._burst, self._balance + gained)
-        wait_s = max(0.0, (1 - self._balance) / self._rate)
-        if wait_s > self._max_wait_s:
+        """How long the next dial has to wait, in seconds; None where that would be too long.
+
+        The bucket is known by the time when it is full again (ITU-T I.371 calls it the theoretical arrival time),
+        which every dial puts off. The latest that any worker has published counts: so that what the others have
+        dialled is known to a worker that was idle. Two that book within the same microsecond may see one dial as both.
+        """
+        now_ns = int(self._loop.time() * NS_PER_S)
+        full_ns = max(now_ns, self._row.own(UserField.DIALS_FULL_NS), *self._row.elsewhere(UserField.DIALS_FULL_NS))
+        full_ns += self._interval_ns
+        wait_ns = max(0, full_ns - self._burst_ns - now_ns)
+        if wait_ns > self._max_wait_ns:
             return None
-        self._balance -= 1
-        self._dials += 1
-        self._row.publish(UserField.DIALS, self._dials)
-        return wait_s
+        self._row.publish(UserField.DIALS_FULL_NS, full_ns)
+        return wait_ns / NS_PER_S
 
 
 def _growth(numbers: list[int], before: list[int]) -> tuple[int, list[int]]:
