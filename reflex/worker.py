@@ -92,7 +92,7 @@ class UserField(IntEnum):
     """What a worker counts of one user."""
 
     TUNNELS = 0  # that are open
-    STREAMS = 1  # that are open
+    STREAMS = 1  # that are open, or still deliver what had arrived
     DIALS_FULL_NS = 2  # when its bucket of dials is full again, by what the worker has dialled; the loop's clock
     BYTES_UP = 3  # so far, from the tunnels to the targets
     BYTES_DOWN = 4  # so far, from the targets into the tunnels
