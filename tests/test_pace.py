@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -167,6 +168,41 @@ def test_who_waits_twice_is_called_once() -> None:
     pace.wait(waiter)
     loop.run(1)
     assert (len(calls), len(waits)) == (1, 1)
+
+
+def test_who_is_forgotten_is_not_called_and_not_kept() -> None:
+    loop = FakeLoop()
+    pace = pace_of(loop)
+    called: list[int] = []
+    waiters = [partial(called.append, number) for number in range(4)]
+    pace.take(pace.allowance(RATE))
+    for waiter in waiters:
+        pace.wait(waiter)
+    for _ in range(2):
+        pace.forget(waiters[1])
+    assert waiters[1] not in pace._waiting
+    loop.run(1)
+    assert called == [0, 2, 3]
+
+
+def test_who_is_forgotten_while_others_are_served_is_not_called() -> None:
+    loop = FakeLoop()
+    pace = pace_of(loop)
+    called = []
+
+    def last() -> None:
+        called.append("last")
+
+    def first() -> None:
+        called.append("first")
+        pace.forget(last)
+
+    pace.take(pace.allowance(RATE))
+    pace.wait(first)
+    pace.wait(last)
+    loop.run(1)
+    assert called == ["first"]
+    assert loop.is_idle
 
 
 # Several workers

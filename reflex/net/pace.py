@@ -11,6 +11,7 @@ Who finds the bucket of bytes empty waits in a queue. One timer, which runs whil
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
@@ -80,7 +81,7 @@ class Pace:
         self._crowd = 1.0  # who waits in all workers, for each that waits in this one
         self._taken = 0
         self._on_wait = on_wait
-        self._waiting: dict[Waiter, None] = {}  # in their order
+        self._waiting: OrderedDict[Waiter, None] = OrderedDict()  # in their order
         self._share: float | None = None  # what is left for whom the timer serves just now
         self._timer: asyncio.TimerHandle | None = None
 
@@ -111,6 +112,10 @@ class Pace:
             self._row.publish(self._waiting_field, len(self._waiting))
             self._timer = self._loop.call_later(TICK_S, self._serve)
 
+    def forget(self, waiter: Waiter) -> None:
+        """It waits no longer, if it did: what has ended is not kept until its turn comes."""
+        self._waiting.pop(waiter, None)
+
     def _refill(self) -> None:
         now_s = self._loop.time()
         gained = self._rate * (now_s - self._last_s)
@@ -127,20 +132,18 @@ class Pace:
         """Everybody who waits gets a share, as far as the bucket reaches; who comes back is the last."""
         self._timer = None
         self._refill()
-        waiting, self._waiting = self._waiting, {}
+        left = len(self._waiting)
         try:
-            while waiting and self._balance >= self._grant:
+            while left and self._waiting and self._balance >= self._grant:
                 room = self._balance / self._crowd
-                self._share = max(room / len(waiting), min(room, MIN_SHARE_BYTES))
-                waiter = next(iter(waiting))
-                del waiting[waiter]
+                self._share = max(room / left, min(room, MIN_SHARE_BYTES))
+                left -= 1
+                waiter, _ = self._waiting.popitem(last=False)
                 waiter()
         finally:
             self._share = None
-            waiting.update(self._waiting)
-            self._waiting = waiting
-            self._row.publish(self._waiting_field, len(waiting))
-            if waiting:
+            self._row.publish(self._waiting_field, len(self._waiting))
+            if self._waiting:
                 self._timer = self._loop.call_later(TICK_S, self._serve)
 
 
