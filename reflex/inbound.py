@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
+from weakref import WeakValueDictionary
 
 from reflex.complaints import Complaints
 from reflex.config import InboundSettings
@@ -93,6 +94,7 @@ class Inbound:
         self._listeners: list[Listener] = []
         self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
+        self._dial_queues: WeakValueDictionary[bytes, DialQueue] = WeakValueDictionary()  # of users with tunnels
         self._talk = Talk()
         self._room = Room(
             settings.limits.max_connections, self._greetings, self._tunnels, counters=self._counters, shared=shared
@@ -223,7 +225,7 @@ class Inbound:
             on_stream_end=self._on_stream_end,
             on_discard=self._room.discard,
         )
-        self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
+        self._tunnels[tunnel] = self._dial_queues.setdefault(hello.user_id, DialQueue(self._loop))
         self._room.publish()
         if user is not None and is_allowed:
             user.add(tunnel)
