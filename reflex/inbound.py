@@ -226,14 +226,17 @@ class Inbound:
             on_discard=self._room.discard,
         )
         self._tunnels[tunnel] = self._dial_queues.setdefault(hello.user_id, DialQueue(self._loop))
-        self._room.publish()
-        if user is not None and is_allowed:
+        if not is_allowed:
+            self._room.turned_away[tunnel] = None
+        elif user is not None:
             user.add(tunnel)
+        self._room.publish()
         if rest:
             tunnel.feed(rest)
 
     def _on_tunnel_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
         del self._tunnels[tunnel]
+        self._room.turned_away.pop(tunnel, None)
         if user is not None:
             user.remove(tunnel)
         self._room.publish()

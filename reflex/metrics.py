@@ -16,7 +16,7 @@ class Counters:
     connections_accepted: int = 0
     connections_refused: int = 0  # over max_connections, or for want of memory
     accept_pauses: int = 0  # for want of descriptors or memory
-    connections_displaced: int = 0  # closed before they were anybody's, to make room for a new one
+    connections_displaced: int = 0  # of strangers, or over a user's max_tunnels: closed to make room for a new one
     handshakes_completed: int = 0
     handshakes_failed: int = 0
     hellos_not_tried: int = 0  # too many had failed from the same address

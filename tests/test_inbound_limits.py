@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from typing import Any
 
@@ -18,7 +19,7 @@ from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.ends import HOST, Origin, connect
 from tests.keys import Keys
 from tests.loops import in_loop, until
-from tests.pair import Hog, Pair, drain_slowly, inbound_settings, port_of, running_inbound, statistics
+from tests.pair import Hog, Pair, drain_slowly, inbound_settings, limited, port_of, running_inbound, statistics
 from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
@@ -64,6 +65,25 @@ async def test_at_max_connections_the_oldest_stranger_gives_way_whatever_it_has_
             assert len(inbound._tunnels) == 3
             for remote in (user, *others):
                 remote.leave()
+
+
+@in_loop
+async def test_a_user_with_too_many_tunnels_keeps_nobody_out() -> None:
+    keys = Keys.generate()
+    settings = limited(keys, max_tunnels=1)
+    settings = dataclasses.replace(settings, limits=dataclasses.replace(settings.limits, max_connections=3))
+    async with running_inbound(settings) as (inbound, port):
+        allowed = await raw_client(port, keys)
+        crowd = [await raw_client(port, keys) for _ in range(5)]  # which do not close: each is told and stays
+        assert all(remote.session.close_received for remote in crowd)
+        assert allowed.end.is_silent
+        assert len(inbound._tunnels) <= 3
+        assert (inbound._counters.connections_refused, inbound._counters.tunnels_lost) == (0, 0)
+        assert inbound._counters.connections_displaced
+        for remote in (allowed, *crowd):
+            remote.leave()
+        await until(lambda: not inbound._tunnels)
+        assert not inbound._room.turned_away
 
 
 @in_loop
