@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
+from weakref import WeakValueDictionary
 
 from reflex.complaints import Complaints, Throttle
 from reflex.config import InboundSettings
@@ -93,6 +94,7 @@ class Inbound:
         self._listeners: list[Listener] = []
         self._greetings: OrderedDict[Greeting, None] = OrderedDict()  # in the order of their arrival
         self._tunnels: dict[Tunnel, DialQueue] = {}
+        self._dial_queues: WeakValueDictionary[bytes, DialQueue] = WeakValueDictionary()  # of users with tunnels
         self._talk = Talk()
         self._room = Room(
             settings.limits.max_connections, self._greetings, self._tunnels, counters=self._counters, shared=shared
@@ -227,18 +229,21 @@ class Inbound:
             throttle=self._throttles.setdefault(hello.user_id, Throttle(self._loop.time)),
             on_end=self._on_tunnel_end if user is None else partial(self._on_tunnel_end, user=user),
             on_open=self._on_open if user is None else partial(self._on_open, user=user),
-            on_stream_end=self._on_stream_end if user is None else partial(self._on_stream_end, user=user),
+            on_stream_end=self._on_stream_end,
             on_discard=self._room.discard,
         )
-        self._tunnels[tunnel] = DialQueue(self._loop, tunnel)
-        self._room.publish()
-        if user is not None and is_allowed:
+        self._tunnels[tunnel] = self._dial_queues.setdefault(hello.user_id, DialQueue(self._loop))
+        if not is_allowed:
+            self._room.turned_away[tunnel] = None
+        elif user is not None:
             user.add(tunnel)
+        self._room.publish()
         if rest:
             tunnel.feed(rest)
 
     def _on_tunnel_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
         del self._tunnels[tunnel]
+        self._room.turned_away.pop(tunnel, None)
         if user is not None:
             user.remove(tunnel)
         self._room.publish()
@@ -255,7 +260,9 @@ class Inbound:
             tunnel.session.refuse(stream, Status.NOT_SUPPORTED)
             tunnel.stream_ended()
             return
-        if self._pressure.is_high():
+        # Relays that still deliver what had arrived hold a socket each: they count, though their streams have ended.
+        is_full = tunnel.stream_count + len(tunnel.draining) > self._settings.limits.max_streams
+        if is_full or self._pressure.is_high():
             self._counters.streams_refused += 1
             tunnel.session.reset(stream, Code.LIMIT)
             tunnel.stream_ended()
@@ -280,20 +287,18 @@ class Inbound:
         )
         self._relays.add(relay)
         if user is not None:
-            user.relays.add(relay)
+            user.add_relay(relay)
         self._tunnels[tunnel].add(relay)
 
     def _on_relay_end(self, relay: Relay) -> None:
         self._relays.discard(relay)
         self._check_all_ended()
 
-    def _on_limited_relay_end(self, user: UserLimits, relay: Relay) -> None:
-        user.relays.discard(relay)
+    def _on_limited_relay_end(self, user: UserLimits, relay: TargetRelay) -> None:
+        user.remove_relay(relay)
         self._on_relay_end(relay)
 
-    def _on_stream_end(self, tunnel: Tunnel, *, user: UserLimits | None = None) -> None:
-        if user is not None:
-            user.streams_changed()
+    def _on_stream_end(self, tunnel: Tunnel) -> None:
         if self._is_draining and not tunnel.stream_count:
             tunnel.close(Code.SHUTTING_DOWN)
 
@@ -368,6 +373,7 @@ class Inbound:
         gauges = {
             "tunnels": len(self._tunnels),
             "streams": sum(tunnel.stream_count for tunnel in self._tunnels),
+            "relays": len(self._relays),
             "greetings": len(self._greetings),
             "replay_keys": len(self._replay),
             "buffered_bytes": self._budget.kept,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 
 @dataclass(slots=True)
@@ -16,7 +17,7 @@ class Counters:
     connections_accepted: int = 0
     connections_refused: int = 0  # over max_connections, or for want of memory
     accept_pauses: int = 0  # for want of descriptors or memory
-    connections_displaced: int = 0  # closed before they were anybody's, to make room for a new one
+    connections_displaced: int = 0  # of strangers, or over a user's max_tunnels: closed to make room for a new one
     handshakes_completed: int = 0
     handshakes_failed: int = 0
     hellos_not_tried: int = 0  # too many had failed from the same address
@@ -41,8 +42,12 @@ class Counters:
 
     def with_all(self, others: Iterable[Counters]) -> Counters:
         """The sum of these and others."""
-        everything = [self.as_dict(), *(other.as_dict() for other in others)]
-        return Counters(**{name: sum(each[name] for each in everything) for name in everything[0]})
+        # Of ten thousand users at once: while the loop stands still, no dictionary is made of each.
+        columns = zip(_values(self), *map(_values, others), strict=True)
+        return Counters(*map(sum, columns))
+
+
+_values: Final = operator.attrgetter(*(field.name for field in dataclasses.fields(Counters)))
 
 
 def statistics_json(counters: Counters, pools: Mapping[str, Any], gauges: Mapping[str, int]) -> str:

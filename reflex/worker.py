@@ -92,8 +92,8 @@ class UserField(IntEnum):
     """What a worker counts of one user."""
 
     TUNNELS = 0  # that are open
-    STREAMS = 1  # that are open
-    DIALS = 2  # so far
+    STREAMS = 1  # that are open, or still deliver what had arrived
+    DIALS_FULL_NS = 2  # when its bucket of dials is full again, by what the worker has dialled; the loop's clock
     BYTES_UP = 3  # so far, from the tunnels to the targets
     BYTES_DOWN = 4  # so far, from the targets into the tunnels
     WAITING_UP = 5  # streams that wait to go on
@@ -144,6 +144,10 @@ class UserRow:
     def publish(self, field: UserField, value: int) -> None:
         """The worker's own number is this from now on."""
         self._values[self._own + field] = value
+
+    def own(self, field: UserField) -> int:
+        """What the worker published last."""
+        return self._values[self._own + field]
 
     def elsewhere(self, field: UserField) -> list[int]:
         """The other workers' numbers."""

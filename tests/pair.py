@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,11 +31,13 @@ from reflex.config import (
 )
 from reflex.inbound import Inbound
 from reflex.outbound import Outbound
+from reflex.protocol.events import EventKind
 from reflex.protocol.share import Share
-from reflex.protocol.wire import Status
+from reflex.protocol.wire import STREAM_WINDOW, Status
 from tests.ends import HOST, End, Origin, connect, socks_request
 from tests.keys import Keys
 from tests.loops import until
+from tests.remote import Remote
 
 LOOPBACK_TARGETS: Final = TargetSettings(allow=(TargetRule.parse("127.0.0.1:*"), TargetRule.parse("localhost:*")))
 
@@ -69,6 +72,26 @@ def limited(
     settings = inbound_settings(keys, limits=InboundLimits(dial_timeout_s=dial_timeout_s, max_streams=10))
     users = (dataclasses.replace(settings.users[0], **limits),)
     return dataclasses.replace(settings, users=users, usage_file=usage_file)
+
+
+async def drain_slowly(inbound: Inbound, remote: Remote, origin: Origin) -> End:
+    """Have a stream end in both directions with bytes left that its target has not read; returns the target.
+
+    The origin's receive buffers must be small.
+    """
+    before = set(inbound._relays)
+    stream, _ = await remote.ask(origin.address)
+    (relay,) = inbound._relays - before
+    assert relay._sock is not None
+    relay._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2_048)
+    target = await origin.accept()
+    target.finish()
+    await remote.see(EventKind.FIN, stream.id)
+    assert remote.session.send(stream, bytes(STREAM_WINDOW)) == STREAM_WINDOW
+    remote.session.finish(stream)
+    await remote.flush()
+    await until(lambda: relay in relay.tunnel.draining)
+    return target
 
 
 def server_settings(keys: Keys, port: int, *, cipher: str = "auto") -> ServerSettings:

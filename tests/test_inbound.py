@@ -20,6 +20,7 @@ from reflex.inbound import Inbound
 from reflex.net import listener as listener_module
 from reflex.net import tunnel as tunnel_module
 from reflex.net import upkeep
+from reflex.net.target import DIALS_PER_TURN
 from reflex.protocol.address import Address
 from reflex.protocol.events import EventKind
 from reflex.protocol.replay import ReplaySet
@@ -311,6 +312,24 @@ async def test_more_streams_than_allowed_are_reset() -> None:
             _, seen = await remote.ask(origin.address)
             assert (seen.kind, seen.number) == (EventKind.RESET, Code.LIMIT)
             remote.leave()
+
+
+@in_loop
+async def test_the_tunnels_of_a_user_dial_one_after_the_other() -> None:
+    """Else a user with a hundred tunnels has a hundred times as many dials in a turn."""
+    keys = Keys.generate()
+    async with running_inbound(inbound_settings(keys)) as (inbound, port):
+        remotes = [await raw_client(port, keys) for _ in range(2)]
+        assert len({id(queue) for queue in inbound._tunnels.values()}) == 1
+        with Origin() as origin:
+            for remote in remotes:
+                for _ in range(DIALS_PER_TURN):
+                    remote.session.open(origin.address)
+                await remote.flush()
+            await until(lambda: sum(relay.fd >= 0 for relay in inbound._relays) == 2 * DIALS_PER_TURN)
+        for remote in remotes:
+            remote.leave()
+        await until(lambda: not inbound._dial_queues)
 
 
 @in_loop

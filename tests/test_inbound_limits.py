@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from typing import Any
 
@@ -12,13 +13,14 @@ from reflex.complaints import BURST_LINES, Complaints
 from reflex.config import InboundLimits
 from reflex.inbound import Inbound
 from reflex.net.listener import open_listening
-from reflex.protocol.wire import FrameType, Status
+from reflex.protocol.events import EventKind
+from reflex.protocol.wire import Code, FrameType, Status
 from reflex.saved_replay import SavedReplaySet
 from reflex.worker import SharedCount, SharedCounts, WorkerContext
 from tests.ends import HOST, Origin, connect
 from tests.keys import Keys
 from tests.loops import in_loop, until
-from tests.pair import Hog, Pair, inbound_settings, port_of, running_inbound, statistics
+from tests.pair import Hog, Pair, drain_slowly, inbound_settings, limited, port_of, running_inbound, statistics
 from tests.remote import raw_client
 
 pytestmark = pytest.mark.usefixtures("each_loop")
@@ -84,6 +86,25 @@ async def test_at_max_connections_the_oldest_stranger_gives_way_whatever_it_has_
 
 
 @in_loop
+async def test_a_user_with_too_many_tunnels_keeps_nobody_out() -> None:
+    keys = Keys.generate()
+    settings = limited(keys, max_tunnels=1)
+    settings = dataclasses.replace(settings, limits=dataclasses.replace(settings.limits, max_connections=3))
+    async with running_inbound(settings) as (inbound, port):
+        allowed = await raw_client(port, keys)
+        crowd = [await raw_client(port, keys) for _ in range(5)]  # which do not close: each is told and stays
+        assert all(remote.session.close_received for remote in crowd)
+        assert allowed.end.is_silent
+        assert len(inbound._tunnels) <= 3
+        assert (inbound._counters.connections_refused, inbound._counters.tunnels_lost) == (0, 0)
+        assert inbound._counters.connections_displaced
+        for remote in (allowed, *crowd):
+            remote.leave()
+        await until(lambda: not inbound._tunnels)
+        assert not inbound._room.turned_away
+
+
+@in_loop
 async def test_a_flood_of_the_silent_does_not_lock_users_out() -> None:
     keys = Keys.generate()
     settings = inbound_settings(keys, limits=InboundLimits(max_connections=20))
@@ -117,6 +138,31 @@ async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_close
             remote.session.close_buffers()
         await until(lambda: inbound._room.own == 0)
         (await raw_client(port, keys)).leave()
+
+
+@in_loop
+async def test_what_is_still_delivered_after_its_stream_has_ended_counts_as_one_of_its_tunnels_streams(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else the sockets to the targets of one tunnel would have no limit."""
+    caplog.set_level(logging.INFO)
+    keys = Keys.generate()
+    async with running_inbound(inbound_settings(keys, limits=InboundLimits(max_streams=3))) as (inbound, port):
+        remote = await raw_client(port, keys)
+        with Origin(receive_buffer_bytes=2_048) as origin:
+            for _ in range(2):
+                await drain_slowly(inbound, remote, origin)
+            stream, seen = await remote.ask(origin.address)
+            assert seen.kind is EventKind.OPENED
+            inbound.report()
+            gauges = statistics(caplog, "reflex.inbound")["gauges"]
+            assert (gauges["streams"], gauges["relays"]) == (1, 3)
+            _, seen = await remote.ask(origin.address)
+            assert (seen.kind, seen.number) == (EventKind.RESET, Code.LIMIT)
+            assert inbound._counters.streams_refused == 1
+            remote.session.reset(stream, Code.CANCELLED)
+            assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
+        remote.leave()
 
 
 # As one of several workers

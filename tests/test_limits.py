@@ -17,7 +17,7 @@ from reflex.net.listener import open_listening
 from reflex.net.paced import PacedRelay
 from reflex.net.target import TargetRelay
 from reflex.protocol.events import EventKind
-from reflex.protocol.wire import Code, Status
+from reflex.protocol.wire import STREAM_WINDOW, Code, Status
 from reflex.saved_replay import SavedReplaySet
 from reflex.usage import MonthlyUsage
 from reflex.worker import SharedCount, SharedCounts, UserField, UserTable, WorkerContext
@@ -26,6 +26,7 @@ from tests.ends import connect as connect_to
 from tests.keys import Keys
 from tests.loops import in_loop, until
 from tests.pair import (
+    drain_slowly,
     inbound_settings,
     limited,
     outbound_settings,
@@ -151,6 +152,22 @@ async def test_streams_of_all_tunnels_count(caplog: pytest.LogCaptureFixture) ->
             await until(lambda: len(inbound._tunnels) == 1)
             assert (await two.ask(origin.address))[1].kind is EventKind.OPENED
         two.leave()
+
+
+@in_loop
+async def test_what_is_still_delivered_after_its_stream_has_ended_counts() -> None:
+    keys = Keys.generate()
+    async with running_inbound(limited(keys, max_streams=3)) as (inbound, port):
+        remote = await raw_client(port, keys)
+        with Origin(receive_buffer_bytes=2_048) as origin:
+            targets = [await drain_slowly(inbound, remote, origin) for _ in range(3)]
+            assert [tunnel.stream_count for tunnel in inbound._tunnels] == [0]
+            assert len(limits_of(inbound).relays) == 3
+            assert (await remote.ask(origin.address))[1].number == Code.LIMIT
+            assert len(await targets[0].receive_all()) == STREAM_WINDOW
+            await until(lambda: len(limits_of(inbound).relays) == 2)
+            assert (await remote.ask(origin.address))[1].kind is EventKind.OPENED
+        remote.leave()
 
 
 @in_loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -169,6 +170,41 @@ def test_who_waits_twice_is_called_once() -> None:
     assert (len(calls), len(waits)) == (1, 1)
 
 
+def test_who_is_forgotten_is_not_called_and_not_kept() -> None:
+    loop = FakeLoop()
+    pace = pace_of(loop)
+    called: list[int] = []
+    waiters = [partial(called.append, number) for number in range(4)]
+    pace.take(pace.allowance(RATE))
+    for waiter in waiters:
+        pace.wait(waiter)
+    for _ in range(2):
+        pace.forget(waiters[1])
+    assert waiters[1] not in pace._waiting
+    loop.run(1)
+    assert called == [0, 2, 3]
+
+
+def test_who_is_forgotten_while_others_are_served_is_not_called() -> None:
+    loop = FakeLoop()
+    pace = pace_of(loop)
+    called = []
+
+    def last() -> None:
+        called.append("last")
+
+    def first() -> None:
+        called.append("first")
+        pace.forget(last)
+
+    pace.take(pace.allowance(RATE))
+    pace.wait(first)
+    pace.wait(last)
+    loop.run(1)
+    assert called == ["first"]
+    assert loop.is_idle
+
+
 # Several workers
 
 
@@ -255,3 +291,26 @@ def test_dials_of_all_workers_count() -> None:
     assert [one.book() for _ in range(3)] == [0.0] * 3
     assert [two.book() for _ in range(3)] == pytest.approx([0, 0, 0.2])
     assert one.book() == pytest.approx(0.4)
+
+
+def test_a_worker_that_was_idle_knows_what_the_others_have_dialled_meanwhile() -> None:
+    loop = FakeLoop()
+    table = UserTable(4, 1)
+    workers = [dials_of(loop, 20, table=table, worker=number) for number in (1, 2, 3, 4)]
+    loop.run(10)
+    waits = [dials.book() for dials in workers for _ in range(20)]
+    assert waits == pytest.approx([0.0] * 20 + [number / 20 for number in range(1, 41)] + [None] * 20)
+    loop.run(0.5)
+    assert [workers[3].book() for _ in range(2)] == pytest.approx([1.55, 1.6])
+
+
+def test_workers_that_dial_by_turns_keep_the_rate_together() -> None:
+    loop = FakeLoop()
+    table = UserTable(3, 1)
+    workers = [dials_of(loop, 4, table=table, worker=number) for number in (1, 2, 3)]
+    dialled = 0
+    for number in range(600):
+        dialled += workers[number * number % 3].book() is not None
+        loop.run(0.1)
+    # In 60 s, after a second's worth, and with what waits for up to 2 s.
+    assert dialled == pytest.approx(4 * (60 + 1 + 2), abs=1)

@@ -236,6 +236,20 @@ async def test_what_is_kept_is_of_the_process_s_memory_and_gives_way_where_that_
     assert pools.in_use == 0
 
 
+@in_loop
+async def test_a_relay_that_has_ended_is_kept_by_nobody_who_paces(pools: Pools) -> None:
+    async with Rig(pools) as rig:
+        with Origin() as origin:
+            made = await paced(rig, origin, rate=SLOW)
+            up, down = made.relay._up, made.relay._down
+            await made.send(PATTERN)
+            await made.target.send(PATTERN[:100_000])
+            await until(lambda: up._waiting and down._waiting)
+            made.relay.on_reset(Code.CANCELLED)
+            assert not up._waiting
+            assert not down._waiting
+
+
 class Stuck(socket.socket):
     """A socket that takes nothing."""
 

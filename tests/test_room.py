@@ -23,10 +23,10 @@ class Stranger:
         self.leave()
 
 
-def room(limit: int, *, elsewhere: tuple[int, int] | None = None) -> tuple[Room, OrderedDict[Any, None], list[str]]:
+def room(limit: int, *, elsewhere: tuple[int, int] | None = None) -> tuple[Room, OrderedDict[Any, None], list[Any]]:
     """A room, and its strangers and tunnels, who are to come; ``elsewhere``: connections, and tunnels among them."""
     strangers: OrderedDict[Any, None] = OrderedDict()
-    tunnels: list[str] = []
+    tunnels: list[Any] = []
     shared = None
     if elsewhere is not None:
         connections, others = SharedCounts(2), SharedCounts(2)
@@ -46,6 +46,44 @@ def test_the_oldest_stranger_gives_way_and_users_do_not() -> None:
     tunnels += ["bob's", "carol's"]
     assert here.has_room() is False  # the last stranger left, and three users are there
     assert not strangers
+
+
+class TurnedAway:
+    """A tunnel that was closed at once; leaves where it is when it is cut."""
+
+    def __init__(self, here: Room, tunnels: list[Any]) -> None:
+        self.here, self.tunnels = here, tunnels
+        tunnels.append(self)
+        here.turned_away[self] = None  # type: ignore[index]  # as far as the room looks
+
+    def cut(self, reason: str) -> None:
+        del self.here.turned_away[self]  # type: ignore[arg-type]
+        self.tunnels.remove(self)
+
+
+def test_a_tunnel_that_was_turned_away_gives_way_before_any_stranger() -> None:
+    here, strangers, tunnels = room(4)
+    tunnels.append("alice's")
+    stranger = Stranger(strangers)
+    _, second = (TurnedAway(here, tunnels) for _ in range(2))
+    assert here.has_room()
+    assert tunnels == ["alice's", second]
+    assert list(strangers) == [stranger]
+    tunnels += ["bob's", "carol's"]
+    assert here.has_room()
+    assert tunnels == ["alice's", "bob's", "carol's"]
+    assert not strangers
+    assert not here.turned_away
+
+
+def test_tunnels_that_were_turned_away_are_no_users_for_the_other_workers() -> None:
+    here, _, tunnels = room(5, elsewhere=(5, 4))
+    TurnedAway(here, tunnels)
+    here.publish()
+    assert here._shared is not None
+    assert (here._shared.connections._counts[1], here._shared.tunnels._counts[1]) == (1, 0)
+    assert here.has_room()
+    assert not tunnels
 
 
 def test_what_is_discarded_counts() -> None:

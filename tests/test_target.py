@@ -343,14 +343,8 @@ class Dialer:
         self.dials += 1
 
 
-class ATunnel:
-    """What a queue knows of its tunnel."""
-
-    turn = 1
-
-
-def queue_of(dialers: list[Dialer], tunnel: ATunnel) -> DialQueue:
-    queue = DialQueue(asyncio.get_running_loop(), tunnel)  # type: ignore[arg-type]  # as far as it looks
+def queue_of(dialers: list[Dialer]) -> DialQueue:
+    queue = DialQueue(asyncio.get_running_loop())
     for each in dialers:
         queue.add(each)  # type: ignore[arg-type]  # as far as the queue looks
     return queue
@@ -359,8 +353,7 @@ def queue_of(dialers: list[Dialer], tunnel: ATunnel) -> DialQueue:
 @in_loop
 async def test_so_many_targets_are_dialled_at_once_and_the_rest_in_the_turns_that_follow() -> None:
     dialers = [Dialer() for _ in range(2 * DIALS_PER_TURN + 5)]
-    tunnel = ATunnel()
-    queue = queue_of(dialers, tunnel)
+    queue = queue_of(dialers)
     assert [each.dials for each in dialers] == [1] * DIALS_PER_TURN + [0] * (DIALS_PER_TURN + 5)
     counts = []
     while sum(each.dials for each in dialers) < len(dialers):
@@ -370,7 +363,6 @@ async def test_so_many_targets_are_dialled_at_once_and_the_rest_in_the_turns_tha
     assert 2 * DIALS_PER_TURN in counts
     await turns()
     last = Dialer()
-    tunnel.turn += 1
     queue.add(last)  # type: ignore[arg-type]
     assert last.dials == 1
     assert {each.dials for each in dialers} == {1}
@@ -379,7 +371,7 @@ async def test_so_many_targets_are_dialled_at_once_and_the_rest_in_the_turns_tha
 @in_loop
 async def test_a_target_whose_stream_was_reset_while_it_waited_is_never_dialled() -> None:
     dialers = [Dialer() for _ in range(3 * DIALS_PER_TURN)]
-    queue_of(dialers, ATunnel())
+    queue_of(dialers)
     for each in dialers[DIALS_PER_TURN:-1]:
         each.ended = True
     await until(lambda: dialers[-1].dials)

@@ -36,7 +36,8 @@ class UserLimits:
         name: for the log.
         user_id: by which ``usage`` knows the user.
         row: this worker's numbers of the user, and the others'.
-        max_tunnels, max_streams: that may be open at the same time.
+        max_tunnels: that may be open at the same time.
+        max_streams: the same; a stream counts until its relay has ended, which may deliver for longer than it is open.
         dials_per_s: targets dialled in a second; who would wait for more than ``max_wait_s`` is refused.
         bytes_per_s: in each direction.
         monthly_bytes: in both directions; needs ``usage``.
@@ -44,7 +45,8 @@ class UserLimits:
     Attributes:
         counters: of the user's relays alone, and of what was limited.
         make_relay: makes the relay of a stream; takes what :class:`TargetRelay` takes.
-        relays: those that have not ended; whoever makes one adds it, and removes it at its end.
+        relays: those that have not ended; whoever makes one gives it to :meth:`add_relay`, and at its end to
+            :meth:`remove_relay`.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class UserLimits:
         self._row.publish(UserField.TUNNELS, self._tunnel_count)
 
     def add(self, tunnel: Tunnel) -> None:
-        """Count the streams of this tunnel, which was taken."""
+        """Count this tunnel, which was taken, until it is removed."""
         self._tunnels.add(tunnel)
 
     def remove(self, tunnel: Tunnel) -> None:
@@ -121,7 +123,6 @@ class UserLimits:
         if tunnel in self._tunnels:
             self._tunnels.remove(tunnel)
             self.give_tunnel()
-            self.streams_changed()
 
     def tunnel_streams(self, max_streams: int) -> int:
         """How many streams one tunnel of the user may have, of those that every tunnel may have."""
@@ -129,14 +130,22 @@ class UserLimits:
 
     # Streams.
 
-    def streams_changed(self) -> int:
-        """Tell the other workers how many streams there are here; returns it."""
-        count = sum(tunnel.stream_count for tunnel in self._tunnels)
+    def add_relay(self, relay: TargetRelay) -> None:
+        """Count the relay of a stream that was admitted."""
+        self.relays.add(relay)
+
+    def remove_relay(self, relay: TargetRelay) -> None:
+        """It has ended."""
+        self.relays.discard(relay)
+        self._publish_streams(len(self.relays))
+
+    def _publish_streams(self, count: int) -> None:
         self._row.publish(UserField.STREAMS, count)
-        return count
 
     def admit(self, tunnel: Tunnel, stream: Stream) -> float | None:
         """Judge a stream that was just opened on one of the user's tunnels.
+
+        Where it is admitted, its relay is made next, and counts already.
 
         Returns:
             How long its target has to wait until it is dialled, in seconds; None where it was refused.
@@ -144,8 +153,9 @@ class UserLimits:
         if self._is_month_used():
             self._refuse(tunnel, stream, Status.NOT_ALLOWED)
             return None
+        self._publish_streams(len(self.relays) + 1)
         if self._max_streams is not None:
-            count = self.streams_changed() + sum(self._row.elsewhere(UserField.STREAMS))
+            count = len(self.relays) + 1 + sum(self._row.elsewhere(UserField.STREAMS))
             if count > self._max_streams:
                 self._note("max_streams (%d): a stream was refused", self._max_streams)
                 self._refuse(tunnel, stream, Code.LIMIT)
@@ -163,6 +173,7 @@ class UserLimits:
 
     def _refuse(self, tunnel: Tunnel, stream: Stream, reason: Status | Code) -> None:
         self.counters.streams_limited += 1
+        self._publish_streams(len(self.relays))
         if isinstance(reason, Status):
             tunnel.session.refuse(stream, reason)
         else:

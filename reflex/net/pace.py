@@ -1,8 +1,9 @@
 """How fast a user may go: bytes in a second for one direction, and dials in a second.
 
-Both are token buckets. All workers of a server have each the whole bucket, and take from theirs as well what they
-see that the others took (:class:`reflex.worker.UserRow`): so the rate holds for all together, without a question
-and an answer for it. Between two looks they may take too much, and make up for it after the next one.
+Both are token buckets. Of bytes, all workers of a server have each the whole bucket, and take from theirs as well
+what they see that the others took (:class:`reflex.worker.UserRow`): so the rate holds for all together, without a
+question and an answer for it. Between two looks they may take too much, and make up for it after the next one.
+Of dials there is one bucket, which all of them read and write.
 
 Who finds the bucket of bytes empty waits in a queue. One timer, which runs while somebody waits, serves it in turn.
 """
@@ -10,6 +11,7 @@ Who finds the bucket of bytes empty waits in a queue. One timer, which runs whil
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
@@ -20,6 +22,8 @@ TICK_S: Final = 0.04  # how often those who wait are served, and the other worke
 MIN_BURST_BYTES: Final = 2_048
 MIN_GRANT_BYTES: Final = 1_024  # less is not worth a record
 MIN_SHARE_BYTES: Final = 4_096  # of one who waits, in one turn: more of them get less often, not less at once
+
+NS_PER_S: Final = 1_000_000_000
 
 Waiter = Callable[[], None]
 
@@ -77,7 +81,7 @@ class Pace:
         self._crowd = 1.0  # who waits in all workers, for each that waits in this one
         self._taken = 0
         self._on_wait = on_wait
-        self._waiting: dict[Waiter, None] = {}  # in their order
+        self._waiting: OrderedDict[Waiter, None] = OrderedDict()  # in their order
         self._share: float | None = None  # what is left for whom the timer serves just now
         self._timer: asyncio.TimerHandle | None = None
 
@@ -108,6 +112,10 @@ class Pace:
             self._row.publish(self._waiting_field, len(self._waiting))
             self._timer = self._loop.call_later(TICK_S, self._serve)
 
+    def forget(self, waiter: Waiter) -> None:
+        """It waits no longer, if it did: what has ended is not kept until its turn comes."""
+        self._waiting.pop(waiter, None)
+
     def _refill(self) -> None:
         now_s = self._loop.time()
         gained = self._rate * (now_s - self._last_s)
@@ -124,20 +132,18 @@ class Pace:
         """Everybody who waits gets a share, as far as the bucket reaches; who comes back is the last."""
         self._timer = None
         self._refill()
-        waiting, self._waiting = self._waiting, {}
+        left = len(self._waiting)
         try:
-            while waiting and self._balance >= self._grant:
+            while left and self._waiting and self._balance >= self._grant:
                 room = self._balance / self._crowd
-                self._share = max(room / len(waiting), min(room, MIN_SHARE_BYTES))
-                waiter = next(iter(waiting))
-                del waiting[waiter]
+                self._share = max(room / left, min(room, MIN_SHARE_BYTES))
+                left -= 1
+                waiter, _ = self._waiting.popitem(last=False)
                 waiter()
         finally:
             self._share = None
-            waiting.update(self._waiting)
-            self._waiting = waiting
-            self._row.publish(self._waiting_field, len(waiting))
-            if waiting:
+            self._row.publish(self._waiting_field, len(self._waiting))
+            if self._waiting:
                 self._timer = self._loop.call_later(TICK_S, self._serve)
 
 
@@ -150,33 +156,30 @@ class DialPace:
         max_wait_s: who would have to wait for longer is refused.
     """
 
-    __slots__ = ("_balance", "_burst", "_dials", "_last_s", "_loop", "_max_wait_s", "_rate", "_row", "_seen")
+    __slots__ = ("_burst_ns", "_interval_ns", "_loop", "_max_wait_ns", "_row")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, dials_per_s: float, row: UserRow, *, max_wait_s: float) -> None:
         self._loop = loop
-        self._rate = dials_per_s
-        self._burst = max(1.0, dials_per_s)
-        self._balance = self._burst  # below 0: so many have been promised their time
-        self._last_s = loop.time()
+        self._interval_ns = round(NS_PER_S / dials_per_s)
+        self._burst_ns = max(self._interval_ns, NS_PER_S)
         self._row = row
-        self._seen = row.elsewhere(UserField.DIALS)
-        self._dials = 0
-        self._max_wait_s = max_wait_s
+        self._max_wait_ns = round(max_wait_s * NS_PER_S)
 
     def book(self) -> float | None:
-        """How long the next dial has to wait, in seconds; None where that would be too long."""
-        now_s = self._loop.time()
-        dialled, self._seen = _growth(self._row.elsewhere(UserField.DIALS), self._seen)
-        gained = self._rate * (now_s - self._last_s) - dialled
-        self._last_s = now_s
-        self._balance = min(self._burst, self._balance + gained)
-        wait_s = max(0.0, (1 - self._balance) / self._rate)
-        if wait_s > self._max_wait_s:
+        """How long the next dial has to wait, in seconds; None where that would be too long.
+
+        The bucket is known by the time when it is full again (ITU-T I.371 calls it the theoretical arrival time),
+        which every dial puts off. The latest that any worker has published counts: so that what the others have
+        dialled is known to a worker that was idle. Two that book within the same microsecond may see one dial as both.
+        """
+        now_ns = int(self._loop.time() * NS_PER_S)
+        full_ns = max(now_ns, self._row.own(UserField.DIALS_FULL_NS), *self._row.elsewhere(UserField.DIALS_FULL_NS))
+        full_ns += self._interval_ns
+        wait_ns = max(0, full_ns - self._burst_ns - now_ns)
+        if wait_ns > self._max_wait_ns:
             return None
-        self._balance -= 1
-        self._dials += 1
-        self._row.publish(UserField.DIALS, self._dials)
-        return wait_s
+        self._row.publish(UserField.DIALS_FULL_NS, full_ns)
+        return wait_ns / NS_PER_S
 
 
 def _growth(numbers: list[int], before: list[int]) -> tuple[int, list[int]]:

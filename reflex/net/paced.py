@@ -125,7 +125,9 @@ class PacedRelay(TargetRelay):
         return super().waiting_bytes + (0 if self._kept is None else self._kept.size_bytes)
 
     def end(self, *, reset: bool) -> None:
-        """As of every relay; what is kept is dropped."""
+        """As of every relay; what is kept is dropped, and nothing waits any more."""
+        self._up.forget(self._deliver_in_turn)
+        self._down.forget(self._read_in_turn)
         kept, self._kept = self._kept, None
         if kept is not None:
             tunnel = self.tunnel

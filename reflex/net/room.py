@@ -1,6 +1,7 @@
 """How many connections a server may have at the same time, in all of its workers, and who gives way at the limit.
 
 Strangers cannot lock users out: one connection more takes the place of the oldest one that is not authenticated.
+Nor can a user with more tunnels than it may have: those are closed at once, and give way first while they last.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 
 from reflex.metrics import Counters
 from reflex.net.greeting import Greeting
+from reflex.net.tunnel import Tunnel
 from reflex.worker import WorkerContext
 
 DISPLACED_PER_ACCEPT: Final = 2  # more than come, so that an excess (see Room.has_room) grows smaller
@@ -24,6 +26,10 @@ class Room:
         greetings: the connections that are not authenticated, in the order of their arrival; the caller's.
         tunnels: those that are; the caller's.
         shared: what it shares with the other workers, where it is one of several.
+
+    Attributes:
+        turned_away: those of the tunnels that were closed at once, and wait for their peer to see it, in the order
+            of their arrival; the caller's, as the others.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Room:
         self._limit = limit
         self._greetings = greetings
         self._tunnels = tunnels
+        self.turned_away: OrderedDict[Tunnel, None] = OrderedDict()
         self._counters = counters
         self._shared = shared
         self._discarding = 0  # connections of tunnels that ended by a fatal error
@@ -48,21 +55,29 @@ class Room:
         return len(self._greetings) + len(self._tunnels) + self._discarding
 
     def has_room(self) -> bool:
-        """Whether one more connection may be served; at the limit, made by closing the oldest greeting.
+        """Whether one more connection may be served; at the limit, made by closing one that gives way.
 
-        Which one goes depends on nothing but its age. Where the limit is reached because of greetings of
-        other workers, a worker without any takes one connection beyond it: the others make up for
-        that with the next connections that they accept.
+        That is the oldest tunnel that was turned away, else the oldest greeting: which one depends on nothing but
+        its age. Where the limit is reached because of such connections of other workers, a worker without any takes
+        one connection beyond it: the others make up for that with the next connections that they accept.
         """
         for _ in range(DISPLACED_PER_ACCEPT):
-            if self._all() < self._limit or not self._greetings:
+            if self._all() < self._limit or not (self.turned_away or self._greetings):
                 break
             self._counters.connections_displaced += 1
-            next(iter(self._greetings)).end(reset=False)
+            if self.turned_away:
+                next(iter(self.turned_away)).cut("turned away")
+            else:
+                next(iter(self._greetings)).end(reset=False)
         if self._all() < self._limit:
             return True
         tunnels_elsewhere = 0 if self._shared is None else self._shared.tunnels.elsewhere()
-        return not self._greetings and len(self._tunnels) + self._discarding + tunnels_elsewhere < self._limit
+        return not (self.turned_away or self._greetings) and self._staying + tunnels_elsewhere < self._limit
+
+    @property
+    def _staying(self) -> int:
+        """Connections that give way to nobody."""
+        return len(self._tunnels) - len(self.turned_away) + self._discarding
 
     def _all(self) -> int:
         return self.own + (0 if self._shared is None else self._shared.connections.elsewhere())
@@ -76,4 +91,4 @@ class Room:
         """Tell the other workers; called whenever a greeting or a tunnel has come or gone."""
         if self._shared is not None:
             self._shared.connections.publish(self.own)
-            self._shared.tunnels.publish(len(self._tunnels) + self._discarding)
+            self._shared.tunnels.publish(self._staying)
