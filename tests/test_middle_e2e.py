@@ -172,7 +172,7 @@ def test_an_upload_that_is_changed_on_the_way_fails_and_what_came_is_right(
     upload.write_bytes(content(UPLOAD_BYTES))
     with Sink() as sink:
         done = curl(socks_port, "--header", "Expect:", "--data-binary", f"@{upload}", f"http://{sink.address}/")
-        assert eventually(lambda: sink.got), "its thread may not have had its turn before all was over"
+        assert eventually(lambda: bool(sink.got)), "its thread may not have had its turn before all was over"
     assert middle.changes > before
     assert done.returncode in BROKEN_TRANSFER, done.stderr
     assert done.stdout == b""
