@@ -441,6 +441,15 @@ def test_sessions_that_break_in_a_row_make_it_wait_longer_each_time_but_for_the_
         now_s += 10
 
 
+def test_a_dial_that_fails_with_its_session_does_not_shorten_the_wait(pools: Pools) -> None:
+    server = make_server(Address.of(HOST, 1), pools)
+    for began_s in (100.0, 101.0, 102.0, 103.0, 104.0, 105.0):
+        server.broke(began_s + 0.5, began_s=began_s)
+    wait_s = left_alone_s(server, 106.0)
+    server.failed(106.0)  # the first failure of a dial: a short wait
+    assert left_alone_s(server, 106.0) == wait_s > FIRST_DELAY_S
+
+
 def test_sessions_that_were_there_when_another_one_broke_tell_nothing_new(pools: Pools) -> None:
     server = make_server(Address.of(HOST, 1), pools)
     for _ in range(8):

@@ -115,7 +115,8 @@ class Server:
 
     def _leave_alone(self, now_s: float, doublings: int) -> None:
         delay_s = min(FIRST_DELAY_S * 2**doublings, MAX_DELAY_S)
-        self.not_before_s = now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000)
+        # A tunnel that breaks at once is a failure of the dial as well: the longer time holds.
+        self.not_before_s = max(self.not_before_s, now_s + delay_s * (0.5 + secrets.randbelow(501) / 1000))
 
     # Making a tunnel.
 
