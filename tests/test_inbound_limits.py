@@ -121,8 +121,8 @@ async def test_a_flood_of_the_silent_does_not_lock_users_out() -> None:
 
 
 @in_loop
-async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_closed() -> None:
-    """Else a user could have any number of them, for half a minute each."""
+async def test_a_connection_that_outlives_a_fatal_error_counts_and_gives_way_to_the_next() -> None:
+    """Else a user could have any number of them, for half a minute each, or keep everybody out by them."""
     keys = Keys.generate()
     settings = inbound_settings(keys, limits=InboundLimits(max_connections=2))
     async with running_inbound(settings) as (inbound, port):
@@ -131,13 +131,14 @@ async def test_a_connection_that_outlives_a_fatal_error_counts_until_it_is_close
             await remote.write(0x7F)  # an unknown type, which is fatal
         await until(lambda: not inbound._tunnels)
         assert inbound._room.own == 2
-        with await connect(port) as third:
-            await third.expect_fin()
+        third = await raw_client(port, keys)
+        assert inbound._room.own == 2
+        assert inbound._counters.connections_displaced == 1
+        third.leave()
         for remote in remotes:
             remote.end.close()
             remote.session.close_buffers()
         await until(lambda: inbound._room.own == 0)
-        (await raw_client(port, keys)).leave()
 
 
 @in_loop

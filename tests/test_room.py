@@ -86,12 +86,35 @@ def test_tunnels_that_were_turned_away_are_no_users_for_the_other_workers() -> N
     assert not tunnels
 
 
-def test_what_is_discarded_counts() -> None:
-    here, _, _ = room(1)
-    here.discard(1)
-    assert (here.own, here.has_room()) == (1, False)
-    here.discard(-1)
-    assert (here.own, here.has_room()) == (0, True)
+class Failed:
+    """A tunnel whose socket discards what comes."""
+
+    def __init__(self, here: Room) -> None:
+        self.here = here
+        self.silence = self
+        here.discard(self, 1)  # type: ignore[arg-type]  # as far as the room looks
+
+    def end(self) -> None:
+        self.here.discard(self, -1)  # type: ignore[arg-type]
+
+
+def test_what_is_left_of_a_tunnel_that_failed_counts_and_gives_way_before_any_stranger() -> None:
+    here, strangers, tunnels = room(3)
+    tunnels.append("alice's")
+    stranger = Stranger(strangers)
+    Failed(here)
+    assert here.own == 3
+    assert here.has_room()
+    assert not here._discarding
+    assert list(strangers) == [stranger]
+    assert here.own == 2
+
+
+def test_what_is_left_of_tunnels_that_failed_is_no_user_for_the_other_workers() -> None:
+    here, _, _ = room(5, elsewhere=(5, 4))
+    Failed(here)
+    assert here._shared is not None
+    assert (here._shared.connections._counts[1], here._shared.tunnels._counts[1]) == (1, 0)
 
 
 def test_an_excess_grows_smaller_with_each_that_comes() -> None:

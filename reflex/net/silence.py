@@ -62,5 +62,6 @@ class Silence:
         self._timer.cancel()
         drop_reader(self._loop, self._sock.fileno())
         self._sock.close()
-        if self._on_end is not None:
-            self._on_end()
+        on_end, self._on_end = self._on_end, None  # no cycle is left
+        if on_end is not None:
+            on_end()

@@ -75,8 +75,8 @@ class Tunnel:
         on_stream_end: called whenever streams may have ended, so that an owner can count.
         on_end: called once, when the tunnel has ended and its socket takes no more streams.
         on_broken: called when a fatal protocol error ends the session, before its streams are reset.
-        on_discard: called with 1 when the socket outlives a fatal error, to discard what comes, and with -1
-            when it is closed.
+        on_discard: called with 1 when the socket outlives a fatal error, to discard what comes (``silence``), and
+            with -1 when it is closed.
         idle_timeout_s: a stream without a byte in either direction for so long is reset.
         label: who is at the other end, for the log.
         talk: shared by all tunnels of the process; None for one of its own.
@@ -138,7 +138,7 @@ class Tunnel:
         on_settings: Callable[[int], None] | None = None,
         on_stream_end: Callable[[Tunnel], None] | None = None,
         on_broken: Callable[[], None] | None = None,
-        on_discard: Callable[[int], None] | None = None,
+        on_discard: Callable[[Tunnel, int], None] | None = None,
         talk: Talk | None = None,
         throttle: Throttle | None = None,
     ) -> None:
@@ -461,7 +461,7 @@ class Tunnel:
         span_ms = (FATAL_DISCARD_MAX_S - FATAL_DISCARD_MIN_S) * 1000
         wait_s = FATAL_DISCARD_MIN_S + secrets.randbelow(span_ms + 1) / 1000
         on_discard = self._on_discard
-        on_end = partial(on_discard, -1) if on_discard is not None else None
+        on_end = partial(on_discard, self, -1) if on_discard is not None else None
         self.silence = Silence(self._loop, self._sock, wait_s=wait_s, limit_bytes=limit_bytes, on_end=on_end)
         if on_discard is not None:
-            on_discard(1)
+            on_discard(self, 1)
