@@ -32,6 +32,7 @@ from reflex.metrics import Counters, statistics_json
 from reflex.net.failures import Failures, source_of
 from reflex.net.fallback import Fallback, end_idle
 from reflex.net.greeting import Door, Greeting
+from reflex.net.hangup import Lookout
 from reflex.net.limits import UserLimits
 from reflex.net.listener import SETTLE_S, Listener, finish_listening, open_listening
 from reflex.net.options import is_loopback, set_unpaced
@@ -129,6 +130,7 @@ class Inbound:
                 counters=self._counters,
                 failures=Failures(),
                 complaints=Complaints(),
+                lookout=Lookout(self._loop),
                 handshake_timeout_s=settings.limits.handshake_timeout_s,
                 fallback=web_server,
                 on_hello=self._on_hello,

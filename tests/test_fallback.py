@@ -13,6 +13,7 @@ from reflex.complaints import Complaints
 from reflex.errors import DialError
 from reflex.net import fallback as fallback_module
 from reflex.net.fallback import READ_BYTES, Fallback, end_idle
+from reflex.net.hangup import LOOK_S, Lookout
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
 from reflex.protocol.wire import Status
@@ -28,7 +29,13 @@ class Joined:
     """A client's end, and a fallback that has it."""
 
     def __init__(
-        self, address: Address, first: bytes = b"", *, read_ended: bool = False, buffer_bytes: int = 0
+        self,
+        address: Address,
+        first: bytes = b"",
+        *,
+        read_ended: bool = False,
+        buffer_bytes: int = 0,
+        look_s: float = LOOK_S,
     ) -> None:
         self.buffers = TieredPool()
         self.ends: list[Fallback] = []
@@ -41,6 +48,7 @@ class Joined:
             memoryview(first),
             buffers=self.buffers,
             complaints=Complaints(),
+            lookout=Lookout(asyncio.get_running_loop(), look_s),
             on_end=self.ends.append,
             read_ended=read_ended,
         )
@@ -54,9 +62,14 @@ class Joined:
 
 @contextlib.contextmanager
 def joined(
-    address: Address, first: bytes = b"", *, read_ended: bool = False, buffer_bytes: int = 0
+    address: Address,
+    first: bytes = b"",
+    *,
+    read_ended: bool = False,
+    buffer_bytes: int = 0,
+    look_s: float = LOOK_S,
 ) -> Iterator[Joined]:
-    join = Joined(address, first, read_ended=read_ended, buffer_bytes=buffer_bytes)
+    join = Joined(address, first, read_ended=read_ended, buffer_bytes=buffer_bytes, look_s=look_s)
     try:
         yield join
     finally:
@@ -362,15 +375,12 @@ async def test_a_web_server_that_refuses_at_once_resets_the_client(monkeypatch: 
 # A side that is gone, and no event tells of it.
 
 
-@pytest.fixture
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reflex.net.fallback.LOOK_S", 0.002)
+QUICK_S = 0.002
 
 
-@pytest.mark.usefixtures("quick_looks")
 @in_loop
 async def test_a_reset_behind_bytes_is_passed_on_behind_them_where_the_loop_has_given_the_socket_up() -> None:
-    with Origin() as web, joined(web.address) as join:
+    with Origin() as web, joined(web.address, look_s=QUICK_S) as join:
         server = await web.accept()
         await until(lambda: join.fallback._client.is_reading)
         asyncio.get_running_loop().remove_reader(join.fallback._client.fd)  # as uvloop does after an error
@@ -381,10 +391,9 @@ async def test_a_reset_behind_bytes_is_passed_on_behind_them_where_the_loop_has_
         await join.ended()
 
 
-@pytest.mark.usefixtures("quick_looks")
 @in_loop
 async def test_a_reset_after_fin_ends_both_sides() -> None:
-    with Origin() as web, joined(web.address) as join:
+    with Origin() as web, joined(web.address, look_s=QUICK_S) as join:
         server = await web.accept()
         join.client.finish()
         await server.expect_fin()

@@ -22,6 +22,7 @@ from reflex.net import failures as failures_module
 from reflex.net import greeting as greeting_module
 from reflex.net.failures import FAILURES_PER_S, Failures
 from reflex.net.greeting import Door, Greeting
+from reflex.net.hangup import Lookout
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, accept_hello
 from reflex.protocol.pools import Pools
@@ -61,6 +62,7 @@ class Gate:
             counters=self.counters,
             failures=Failures(),
             complaints=Complaints(),
+            lookout=Lookout(asyncio.get_running_loop()),
             handshake_timeout_s=self.handshake_timeout_s,
             fallback=self.fallback,
             on_hello=self._on_hello,

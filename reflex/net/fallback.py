@@ -21,7 +21,7 @@ from reflex.errors import DialError
 from reflex.loop import drop_reader
 from reflex.net.backlog import Backlog
 from reflex.net.dial import begin_connect, finish_connect, is_connected
-from reflex.net.hangup import hung_up
+from reflex.net.hangup import Lookout
 from reflex.net.options import set_reset_on_close
 from reflex.pool import TieredPool
 from reflex.protocol.address import Address
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 READ_BYTES: Final = 32_768
 HALF_CLOSED_S: Final = 120.0  # of silence after the web server's FIN; twice what Linux gives those it does not serve
 IDLE_S: Final = 2.0  # without a byte: who is waited for at the end of the daemon no longer; seen half a time later
-LOOK_S: Final = 5.0  # how often it is looked whether a connection is gone that no event tells of
 
 
 async def end_idle(fallbacks: Callable[[], Iterable[Fallback]], ended: asyncio.Event) -> None:
@@ -84,6 +83,7 @@ class Fallback:
         first: bytes already read from the client; copied.
         read_ended: whether the client's FIN was read already.
         complaints: about a web server that cannot be reached; whoever asks the same one shares them.
+        lookout: looks at both sockets once they are joined; shared as well.
         on_end: called once, when both sockets are closed.
 
     Attributes:
@@ -96,7 +96,7 @@ class Fallback:
         "_client",
         "_complaints",
         "_is_asked",
-        "_look_timer",
+        "_lookout",
         "_loop",
         "_on_end",
         "_server",
@@ -114,6 +114,7 @@ class Fallback:
         *,
         buffers: TieredPool,
         complaints: Complaints,
+        lookout: Lookout,
         on_end: Callable[[Fallback], None],
         read_ended: bool = False,
     ) -> None:
@@ -121,6 +122,7 @@ class Fallback:
         self._buffers = buffers
         self._address = address
         self._complaints = complaints
+        self._lookout = lookout
         self._on_end = on_end
         self._client = _Side(client, buffers)
         self._client.read_ended = read_ended
@@ -129,7 +131,6 @@ class Fallback:
         self.ended = False
         self.moved_bytes = 0
         self._is_asked = bool(first)  # the last bytes were the client's
-        self._look_timer: asyncio.TimerHandle | None = None  # runs once both are there
         try:
             server = begin_connect(address)
         except DialError as error:
@@ -176,15 +177,18 @@ class Fallback:
             self._read_on(self._client)
         if not self.ended:
             self._read_on(server)
-            self._look_timer = self._loop.call_later(LOOK_S, self._look)
+            self._lookout.add(self)
 
-    def _look(self) -> None:
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """Of the client's socket and the web server's."""
+        assert self._server is not None  # noqa: S101  # they are asked for only from then on
+        return self._client.fd, self._server.fd
+
+    def on_hang_up(self, fd: int) -> None:
         """A side that was reset unseen ends both, once what came before was read."""
-        client, server = self._client, self._server
-        assert server is not None  # noqa: S101  # it is looked at only from then on
-        self._look_timer = self._loop.call_later(LOOK_S, self._look)
-        for fd in hung_up((client.fd, server.fd)):
-            self._read_rest(client if fd == client.fd else server)
+        server = self._server
+        self._read_rest(server if server is not None and fd == server.fd else self._client)
 
     def _read_rest(self, side: _Side) -> None:
         if self.ended:
@@ -305,9 +309,9 @@ class Fallback:
         if self.ended:
             return
         self.ended = True
-        for timer in (self._timer, self._look_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._lookout.remove(self)
         for side in (self._client, self._server):
             if side is None:
                 continue

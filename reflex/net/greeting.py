@@ -28,6 +28,7 @@ from reflex.loop import drop_reader
 from reflex.metrics import Counters
 from reflex.net.failures import Failures
 from reflex.net.fallback import Fallback
+from reflex.net.hangup import Lookout
 from reflex.net.silence import Silence
 from reflex.protocol.address import Address
 from reflex.protocol.handshake import AcceptedHello, ServerCredentials, accept_hello, looks_like_http_or_tls
@@ -50,8 +51,8 @@ class Door:
     ``on_hello`` is called with a connection whose hello passed every check, the hello, and a view of
     what came behind it (valid during the call); the socket is the callee's. ``on_end`` is called once
     for every connection that did not come to that, when its socket is closed. ``complaints`` are those
-    about the fallback; ``refusals`` those about authentic hellos, by user and by what is wrong with them. ``names``
-    are the users', by id, for the log.
+    about the fallback, ``lookout`` looks at the connections that it has; ``refusals`` are the complaints
+    about authentic hellos, by user and by what is wrong with them. ``names`` are the users', by id, for the log.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -61,6 +62,7 @@ class Door:
     counters: Counters
     failures: Failures
     complaints: Complaints
+    lookout: Lookout
     handshake_timeout_s: float
     fallback: Address | None
     on_hello: Callable[[Greeting, socket.socket, AcceptedHello, memoryview], None]
@@ -238,6 +240,7 @@ class Greeting:
                 first[:size],
                 buffers=buffers,
                 complaints=door.complaints,
+                lookout=door.lookout,
                 on_end=self._on_fallback_end,
                 read_ended=read_ended,
             )
