@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -28,7 +29,13 @@ from reflex.loop import new_event_loop
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LOG_TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
+LARGE_BYTES: Final = 32_768  # of the pools' third tier: what is as large is a memory map of its own
+HEAP_STEP_BYTES: Final = 16_384  # the heap grows by so little that none of them fits into the rest
+KEPT_HEAP_BYTES: Final = 1 << 20  # free at the heap's end, for what comes next
 COLLECT_AFTER: Final = 10_000  # objects more than there were; 700 is Python's own
+_M_TRIM_THRESHOLD: Final = -1  # malloc.h
+_M_TOP_PAD: Final = -2
+_M_MMAP_THRESHOLD: Final = -3
 EXIT_STOPPED: Final = 0
 EXIT_NOT_STARTED: Final = 2
 EXIT_SIGNAL_BASE: Final = 128  # a shell's way to tell the signal that ended a process
@@ -129,6 +136,7 @@ def prepare_process(name: str, *, log_level: str, label: str = "") -> logging.Lo
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format=form, datefmt=LOG_TIME_FORMAT, force=True)
     log = logging.getLogger(name)
     _raise_file_limit(log)
+    _return_large_buffers_to_the_system()
     return log
 
 
@@ -176,6 +184,19 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER, 20, 20)
+
+
+def _return_large_buffers_to_the_system() -> None:
+    """What pools let go of leaves the process: every buffer of their larger tiers is a memory map of its own.
+
+    glibc begins that way and leaves it once the first of them is freed: from then on they lie in the heap, which
+    a burst leaves full of holes and at its size. Other C libraries have their own ways, and no such call.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(_M_TOP_PAD, HEAP_STEP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_HEAP_BYTES)  # what glibc would have come to by itself, or more
 
 
 def _end_process(code: int) -> NoReturn:

@@ -318,3 +318,37 @@ def test_process_ends_at_once_on_a_second_signal(
     code, rest = process.end()
     assert code == expected
     assert [line[2] for line in lines(rest)] == [f"{second.name}: ending at once", "aborted"]
+
+
+class _OtherLibrary:
+    """A C library without mallopt."""
+
+    def __init__(self, name: str | None) -> None:
+        assert name is None
+
+
+def test_a_c_library_without_glibcs_calls_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reflex.daemon.ctypes.CDLL", _OtherLibrary)
+    daemon_module._return_large_buffers_to_the_system()
+
+
+def test_large_buffers_leave_the_process_when_they_are_freed() -> None:
+    program = """
+from pathlib import Path
+from reflex.daemon import prepare_process
+def held_kib():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+if __name__ == "__main__":
+    prepare_process("test", log_level="info")
+    before_kib = held_kib()
+    kept, freed = [], []
+    for _ in range(200):
+        freed.append(bytearray(131_072))
+        freed.append(bytearray(32_768))
+        kept.append(bytearray(2_048))  # a hole in the heap would stay behind each
+    assert held_kib() > before_kib + 30_000
+    freed.clear()
+    grown_kib = held_kib() - before_kib
+    assert grown_kib < 4_000, grown_kib
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=TIMEOUT_S)

@@ -260,3 +260,34 @@ def test_applications_that_do_not_read_get_a_share_of_the_clients_memory_and_oth
         if len(sockets) < 120:
             client.wait_for_line(r"WARNING .*local connections are refused: \d+ of \d+ bytes")
         assert memory.growth_bytes < limit_bytes + BESIDES_BYTES
+
+
+def test_what_a_burst_took_goes_back_to_the_system(tmp_path: Path) -> None:
+    keys = Keys.generate()
+    with (
+        Pouring() as origin,
+        EchoServer() as target,
+        start_inbound(tmp_path, keys) as server,
+        start_outbound(
+            tmp_path,
+            keys,
+            server.wait_ready()[0][1],
+            {"pool": {"max_streams": 16}},
+            prelude=SMALL_LOCAL_SEND_BUFFERS + "from reflex.net import trimmer\ntrimmer.TRIM_INTERVAL_S = 0.5\n",
+        ) as client,
+    ):
+        port = client.wait_ready()[0][1]
+        with socks_connect(port, "127.0.0.1", target.port) as running:
+            echo(running)
+            before_bytes = anonymous_bytes(client.pid)
+            with contextlib.ExitStack() as stack:
+                open_streams(port, origin.port, 160, stack)
+                assert eventually(lambda: statistics(client)["gauges"]["buffered_bytes"] > 30 * MIB)
+                most_bytes = anonymous_bytes(client.pid)
+                assert most_bytes > before_bytes + 30 * MIB
+            assert eventually(lambda: statistics(client)["gauges"]["buffered_bytes"] == 0)
+            is_back = eventually(lambda: anonymous_bytes(client.pid) < before_bytes + BESIDES_BYTES)
+            after_bytes = anonymous_bytes(client.pid)
+            print("client:", *(size / MIB for size in (before_bytes, most_bytes, after_bytes)), "MiB")
+            assert is_back
+            echo(running)
