@@ -1,9 +1,10 @@
 """Runs a daemon as a process: log, event loop, signals, exit code.
 
 The story of :func:`run_daemon`: the log goes to stderr, the limit of open files up to what the system grants,
-the loop is the one of :mod:`reflex.loop`. The signals are taken before the daemon starts, so that none ends in
-a traceback. Then: start, say where it listens, wait for SIGINT or SIGTERM, drain, exit with 0. A second one
-ends the process at once, even while a thread of the resolver hangs. SIGUSR1 asks for a report.
+large buffers get memory that the system has back when they go, the loop is the one of :mod:`reflex.loop`. The
+signals are taken before the daemon starts, so that none ends in a traceback. Then: start, say where it listens,
+wait for SIGINT or SIGTERM, drain, exit with 0. A second one ends the process at once, even while a thread of the
+resolver hangs. SIGUSR1 asks for a report.
 
 Who gives these orders and hears how the start went is a :class:`Control`: the user, by signals and the log, or,
 for a worker (:mod:`reflex.supervisor`), its parent process.
@@ -30,7 +31,7 @@ LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LOG_TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 LARGE_BYTES: Final = 32_768  # of the pools' third tier: what is as large is a memory map of its own
-HEAP_STEP_BYTES: Final = 16_384  # the heap grows by so little that none of them fits into the rest
+HEAP_STEP_BYTES: Final = LARGE_BYTES // 2  # the heap grows by so little that none of them fits into the rest
 KEPT_HEAP_BYTES: Final = 1 << 20  # free at the heap's end, for what comes next
 COLLECT_AFTER: Final = 10_000  # objects more than there were; 700 is Python's own
 _M_TRIM_THRESHOLD: Final = -1  # malloc.h
@@ -131,7 +132,7 @@ def run_daemon(
 
 
 def prepare_process(name: str, *, log_level: str, label: str = "") -> logging.Logger:
-    """The log goes to stderr, and the limit of open files up; returns the logger called ``name``."""
+    """The log goes to stderr, the limit of open files up, and freed memory back; returns the logger ``name``."""
     form = LOG_FORMAT.replace("%(message)s", f"{label}: %(message)s") if label else LOG_FORMAT
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format=form, datefmt=LOG_TIME_FORMAT, force=True)
     log = logging.getLogger(name)

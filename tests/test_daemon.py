@@ -18,6 +18,7 @@ import pytest
 from reflex import daemon as daemon_module
 from reflex.daemon import run_daemon
 from reflex.errors import StartError
+from reflex.pool import TIER_SIZES
 
 TIMEOUT_S = 30
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\w+) ([\w.]+): (.*)")
@@ -333,6 +334,7 @@ def test_a_c_library_without_glibcs_calls_is_left_alone(monkeypatch: pytest.Monk
 
 
 def test_large_buffers_leave_the_process_when_they_are_freed() -> None:
+    assert daemon_module.LARGE_BYTES in TIER_SIZES
     program = """
 from pathlib import Path
 from reflex.daemon import prepare_process

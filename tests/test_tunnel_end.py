@@ -12,6 +12,7 @@ import pytest
 from reflex.net import tunnel as tunnel_module
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
+from reflex.protocol.streams import Stream
 from reflex.protocol.wire import (
     CODE,
     INCREMENT,
@@ -99,6 +100,17 @@ def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(
     is_left()
 
 
+async def closed_behind_a_window(rig: Rig) -> Stream:
+    """A stream that has ended with as much sent as it may, and at once the tunnel's close."""
+    owner, theirs = await accepted(rig)
+    rig.session.send(owner.stream, bytes(STREAM_WINDOW))
+    rig.session.finish(owner.stream)
+    await rig.remote.write(FrameType.DATA_FIN, theirs.id)
+    await until(lambda: not rig.session.streams)
+    rig.tunnel.close(Code.NONE)
+    return theirs
+
+
 def test_what_was_sent_before_a_close_arrives_however_slowly_the_peer_reads(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,12 +119,7 @@ def test_what_was_sent_before_a_close_arrives_however_slowly_the_peer_reads(
     @in_loop
     async def arrives() -> None:
         async with Rig(pools, buffer_bytes=SMALL_BUFFERS) as rig:
-            owner, theirs = await accepted(rig)
-            rig.session.send(owner.stream, bytes(STREAM_WINDOW))
-            rig.session.finish(owner.stream)
-            await rig.remote.write(FrameType.DATA_FIN, theirs.id)
-            await until(lambda: not rig.session.streams)
-            rig.tunnel.close(Code.NONE)
+            theirs = await closed_behind_a_window(rig)
             await turns(10)
             await rig.remote.read_to_end()
             assert len(rig.remote.side.got.get(theirs.id, b"")) == STREAM_WINDOW
@@ -130,12 +137,7 @@ def test_what_the_kernel_has_not_delivered_is_not_lost_where_the_peer_goes_on_to
     @in_loop
     async def arrives() -> None:
         async with Rig(pools) as rig:
-            owner, theirs = await accepted(rig)
-            rig.session.send(owner.stream, bytes(STREAM_WINDOW))
-            rig.session.finish(owner.stream)
-            await rig.remote.write(FrameType.DATA_FIN, theirs.id)
-            await until(lambda: not rig.session.streams)
-            rig.tunnel.close(Code.NONE)
+            theirs = await closed_behind_a_window(rig)
             await until(lambda: rig.session.close_sent and not rig.session.unsent_bytes)
             await asyncio.sleep(0.1)
             await rig.remote.write(FrameType.WINDOW, theirs.id, INCREMENT.pack(STREAM_WINDOW))
