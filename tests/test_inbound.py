@@ -151,7 +151,7 @@ async def test_a_fallback_that_is_the_server_itself_prevents_the_start_and_nothi
         return opened[-1]
 
     monkeypatch.setattr(inbound_module, "open_listening", open_listening)
-    with kept_port() as port:
+    with kept_port("0.0.0.0") as port:
         everywhere = [HostPort(HOST, 0), HostPort("0.0.0.0", port)]
         inbound = Inbound(inbound_settings(Keys.generate(), listen=everywhere, fallback=port))
         with pytest.raises(StartError, match=rf"^fallback: 127\.0\.0\.1:{port} is this server itself$"):

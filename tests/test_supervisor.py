@@ -552,7 +552,7 @@ def test_what_no_worker_can_start_with_ends_the_daemon(tmp_path: Path, keys: Key
 
 
 def test_a_fallback_that_is_the_server_itself_ends_the_daemon(tmp_path: Path, keys: Keys) -> None:
-    with kept_port() as port:
+    with kept_port("0.0.0.0") as port:
         settings = {"workers": 2, "listen": [f"0.0.0.0:{port}"], "fallback": f"127.0.0.1:{port}"}
         with start_inbound(tmp_path, keys, settings) as inbound:
             assert inbound.wait() == 2
