@@ -93,6 +93,7 @@ class Tunnel:
         "_idle_ticks",
         "_label",
         "_loop",
+        "_moved_bytes",
         "_on_broken",
         "_on_discard",
         "_on_end",
@@ -169,6 +170,7 @@ class Tunnel:
         self.draining: set[StreamOwner] = set()  # relays whose stream has ended, with bytes left to deliver
         self.last_talker: object = None
         self.shared_turns = 0
+        self._moved_bytes = 0  # in the whole process, when it was last seen whether a conversation is all that there is
         self.ended = False
         self.close_code: int | None = None  # of the peer's CLOSE, once it has come
         self.settled = asyncio.Event()  # the peer's SETTINGS have come, or nothing will
@@ -257,8 +259,15 @@ class Tunnel:
             self._loop.call_soon(self._go_on)
         if not (self.ended or self.flush_is_due) and session.unsent_bytes:
             self.flush_soon()
-        if self.is_near and size < MAX_CHAT_BYTES and not self.shared_turns:
+        if self.is_near and size < MAX_CHAT_BYTES and not self.shared_turns and self._is_chat():
             self._expect_soon()
+
+    def _is_chat(self) -> bool:
+        """Whether little has moved since this was last asked: credit for bulk data is small, too, and no talk."""
+        counters = self._counters
+        moved_bytes = counters.bytes_into_tunnels + counters.bytes_out_of_tunnels
+        moved_bytes, self._moved_bytes = moved_bytes - self._moved_bytes, moved_bytes
+        return moved_bytes < MAX_CHAT_BYTES
 
     def _deliver(self) -> None:
         """Give out the events of what was received."""
@@ -330,7 +339,8 @@ class Tunnel:
             self.shared_turns -= 1
         if not self.is_blocked:
             session = self.session
-            if self.is_near and not self.shared_turns and session.unsent_bytes < MAX_CHAT_BYTES:
+            small = session.unsent_bytes < MAX_CHAT_BYTES
+            if self.is_near and small and not self.shared_turns and self._is_chat():
                 self._expect_soon()
             session.seal()
             self.send()
