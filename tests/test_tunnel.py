@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from reflex.metrics import Counters
-from reflex.net.tunnel import BULK_MEMORY_S, MAX_CHAT_BYTES, SHARED_TURNS, SMALL_FRAMES_PER_TURN, Tunnel
+from reflex.net.tunnel import BULK_MEMORY_S, BULK_TURN_BYTES, SHARED_TURNS, SMALL_FRAMES_PER_TURN, Tunnel
 from reflex.protocol.events import EventKind
 from reflex.protocol.pools import Pools
 from reflex.protocol.session import Session
@@ -395,9 +395,9 @@ async def test_an_answer_is_expected_in_a_conversation_with_one_who_is_near_and_
         assert await send(100) == 1
         assert await receive(20_000) == 0
         assert await send(20_000) == 0
-        rig.counters.bytes_into_tunnels += MAX_CHAT_BYTES
+        rig.counters.bytes_into_tunnels += BULK_TURN_BYTES
         assert await receive(100) == 0
-        rig.counters.bytes_out_of_tunnels += MAX_CHAT_BYTES
+        rig.counters.bytes_out_of_tunnels += BULK_TURN_BYTES
         assert await send(100) == 0
         assert await receive(100) == await send(100) == 1
         tunnel.heard(owner)

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumeration
 
 MAX_CHAT_BYTES: Final = 4_096  # a turn that moves less is part of a conversation; an answer is expected
+BULK_TURN_BYTES: Final = 32_768  # more than this between two pieces of a conversation, and it is none
 # DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
 SMALL_FRAMES_PER_TURN: Final = 500
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
@@ -267,7 +268,7 @@ class Tunnel:
         counters = self._counters
         moved_bytes = counters.bytes_into_tunnels + counters.bytes_out_of_tunnels
         moved_bytes, self._moved_bytes = moved_bytes - self._moved_bytes, moved_bytes
-        return moved_bytes < MAX_CHAT_BYTES
+        return moved_bytes < BULK_TURN_BYTES
 
     def _deliver(self) -> None:
         """Give out the events of what was received."""
