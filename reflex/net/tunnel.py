@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 _DATA: Final = EventKind.DATA  # asked for every event: no look-up in the enumeration
 
 MAX_CHAT_BYTES: Final = 4_096  # a turn that moves less is part of a conversation; an answer is expected
-BULK_TURN_BYTES: Final = 32_768  # more than this between two pieces of a conversation, and it is none
+BULK_TURN_BYTES: Final = 32_768  # so much between two pieces of a conversation, and it is none
 # DATA frames of a few bytes that one tunnel may have delivered in a turn: one record may hold 14,000 of them.
 SMALL_FRAMES_PER_TURN: Final = 500
 SHARED_TURNS: Final = 32  # for so many turns after two streams were seen to talk
@@ -340,8 +340,7 @@ class Tunnel:
             self.shared_turns -= 1
         if not self.is_blocked:
             session = self.session
-            small = session.unsent_bytes < MAX_CHAT_BYTES
-            if self.is_near and small and not self.shared_turns and self._is_chat():
+            if self.is_near and not self.shared_turns and session.unsent_bytes < MAX_CHAT_BYTES and self._is_chat():
                 self._expect_soon()
             session.seal()
             self.send()
